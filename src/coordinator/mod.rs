@@ -1,1 +1,11 @@
-//! (being written)
+//! The coordinator: who is a member, when a generation starts and ends, how the run ends.
+//!
+//! `state` is the pure core, `apply(state, now, event) -> effects`; `service` is the gRPC shell
+//! around it. No tensor type is reachable from here, and a trainer never waits for it inside a
+//! step: it may be slow, or die, without a wrong number.
+
+pub mod service;
+pub mod state;
+
+#[cfg(test)]
+mod simulation;

@@ -1,1 +1,116 @@
-//! (being written)
+//! What crosses process borders: the gRPC messages of the control plane, and the JSON lines
+//! between an agent and its trainer.
+//!
+//! Not here: any decision. The wire types become the coordinator's events at the edge, in
+//! `coordinator::service`.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{Generation, Rank, Step, WorldSize};
+
+/// The generated gRPC types.
+#[allow(missing_docs, clippy::all)]
+pub mod wire {
+    tonic::include_proto!("cpcr.v1");
+}
+
+/// Exit status of every binary: all done.
+pub const EXIT_DONE: i32 = 0;
+/// Exit status: failed.
+pub const EXIT_FAILED: i32 = 1;
+/// Exit status: bad usage or configuration; trying again unchanged is no use.
+pub const EXIT_USAGE: i32 = 2;
+/// Exit status: interrupted, the same command goes on from the last checkpoint.
+pub const EXIT_RESUMABLE: i32 = 75;
+
+/// What an agent tells a trainer at its start (one argument, JSON).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The generation this trainer belongs to.
+    pub generation: Generation,
+    /// Its rank.
+    pub rank: Rank,
+    /// How many ranks there are.
+    pub world: WorldSize,
+    /// The key-value service that hosts this generation's c10d store.
+    pub kv_address: SocketAddr,
+    /// The interface that collectives use.
+    pub interface: IpAddr,
+    /// The run's folder in its object store; `config.toml` is read from there.
+    pub run: String,
+    /// CPU threads for libtorch.
+    pub threads: u32,
+}
+
+/// What a trainer tells its agent (stdout, one JSON object a line).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum TrainerEvent {
+    /// State is loaded and the group has formed; training goes on from `step`.
+    Ready {
+        /// Steps done before.
+        step: Step,
+    },
+    /// A step was applied.
+    Step {
+        /// Steps done, this one included.
+        step: Step,
+        /// Steps in all.
+        total: Step,
+        /// Loss terms by name, averaged over the workers.
+        terms: BTreeMap<String, f64>,
+        /// Images a second, over all workers.
+        images_per_s: f64,
+        /// Share of the step's time spent waiting for data, `0..=1`.
+        data_wait: f64,
+    },
+    /// A validation finished.
+    Validation {
+        /// Steps done.
+        step: Step,
+        /// Dice per foreground class, in class order.
+        dice: Vec<f64>,
+        /// Their mean.
+        mean_dice: f64,
+    },
+    /// A checkpoint's manifest was created.
+    Checkpoint {
+        /// Its step.
+        step: Step,
+    },
+    /// Something the user should read.
+    Note {
+        /// One line.
+        text: String,
+    },
+}
+
+/// What an agent tells a running trainer (stdin, one JSON object a line).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "snake_case")]
+pub enum TrainerOrder {
+    /// Write a checkpoint after the step in flight, then exit 75.
+    CheckpointAndStop,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_one_json_line_each() {
+        let event = TrainerEvent::Step {
+            step: Step(3),
+            total: Step(10),
+            terms: BTreeMap::from([("dice".to_owned(), 1.5)]),
+            images_per_s: 12.0,
+            data_wait: 0.01,
+        };
+        let line = serde_json::to_string(&event).unwrap();
+        assert!(!line.contains('\n') && line.contains("\"event\":\"step\""));
+        assert_eq!(serde_json::from_str::<TrainerEvent>(&line).unwrap(), event);
+    }
+}

@@ -1,0 +1,172 @@
+//! The sections of the configuration, each with the paper's values as defaults.
+//!
+//! Plain data: what the values may be is checked by [`super::RunConfig::validate`].
+
+use serde::{Deserialize, Serialize};
+
+/// Which training objective (METHOD: the two presets of CPCR).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Supervised part: Dice (the authors' code of 2025-03-30).
+    #[default]
+    Cpcr,
+    /// Supervised part: Dice + Focal (the authors' code of 2025-05-11).
+    CpcrFocal,
+}
+
+/// How a decoder doubles the size of its deep feature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UpMode {
+    /// `ConvTranspose2d`, kernel 2, stride 2.
+    Transposed,
+    /// 1x1 convolution, then bilinear x2, `align_corners = true`.
+    Bilinear,
+    /// 1x1 convolution, then nearest x2.
+    Nearest,
+    /// 1x1 convolution, then bicubic x2, `align_corners = true`.
+    Bicubic,
+}
+
+/// Arithmetic of the training step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// float32, TF32 off: the golden one.
+    #[default]
+    F32,
+    /// float32 with TF32 matrix products on GPUs.
+    Tf32,
+    /// autocast to bfloat16.
+    Bf16,
+}
+
+macro_rules! section {
+    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $ty:ty = $value:expr,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $ty,)* }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $value,)* }
+            }
+        }
+    };
+}
+
+section!(
+    /// `[model]`: DBPNet.
+    Model {
+        /// Channels at strides 1, 2, 4, 8, 16.
+        widths: [u32; 5] = [16, 32, 64, 128, 256],
+        /// How decoder 1 and decoder 2 go up.
+        up: [UpMode; 2] = [UpMode::Bilinear, UpMode::Transposed],
+        /// Dropout inside the encoder's blocks, per level.
+        dropout: [f64; 5] = [0.05, 0.1, 0.2, 0.3, 0.5],
+    }
+);
+
+section!(
+    /// `[data]`: what is read.
+    Data {
+        /// The dataset's folder in an object store; `--data` overrides it.
+        url: Option<String> = None,
+        /// How many labelled patients are used: the first ones in list order.
+        labelled: u32 = 7,
+    }
+);
+
+section!(
+    /// `[batch]`: samples a step, over all workers.
+    Batch {
+        /// Labelled samples.
+        labelled: u32 = 12,
+        /// Unlabelled samples.
+        unlabelled: u32 = 12,
+        /// Scale both by the number of workers (weak scaling; the order then depends on it).
+        per_worker: bool = false,
+    }
+);
+
+section!(
+    /// `[loss]`: METHOD, "CPCR: the training objective".
+    Loss {
+        /// Weight of the main-output distillation.
+        distill_weight: f64 = 0.1,
+        /// Weight of the entropy term.
+        entropy_weight: f64 = 0.1,
+        /// Ceiling of the cross-pyramid consistency's ramp-up.
+        consistency_weight: f64 = 0.1,
+        /// Labelled epochs in which only the supervised terms count.
+        warmup_epochs: u64 = 90,
+        /// Ramp-up length, in units of `rampup_every` iterations.
+        rampup_epochs: u64 = 200,
+        /// Iterations per unit of the ramp-up.
+        rampup_every: u64 = 150,
+        /// Distillation temperature.
+        temperature: f64 = 10.0,
+    }
+);
+
+section!(
+    /// `[train]`: optimisation.
+    Train {
+        /// Optimiser steps in all.
+        iterations: u64 = 50_000,
+        /// Seed of every draw.
+        seed: u64 = 1337,
+        /// Arithmetic of the step.
+        precision: Precision = Precision::F32,
+        /// Learning rate, constant.
+        lr: f64 = 0.01,
+        /// SGD momentum.
+        momentum: f64 = 0.9,
+        /// SGD weight decay, on every parameter that has a gradient.
+        weight_decay: f64 = 1e-4,
+    }
+);
+
+section!(
+    /// `[validate]`: during training.
+    Validate {
+        /// Steps between validations.
+        every: u64 = 200,
+    }
+);
+
+section!(
+    /// `[checkpoint]`.
+    Checkpoint {
+        /// Steps between checkpoints.
+        every: u64 = 500,
+        /// How many of the newest are kept.
+        keep_last: u32 = 3,
+    }
+);
+
+section!(
+    /// `[loader]`: the input pipeline of each trainer.
+    Loader {
+        /// Threads that fetch, decode and augment.
+        threads: u32 = 1,
+        /// Batches made ahead.
+        prefetch: u32 = 4,
+    }
+);
+
+section!(
+    /// `[recovery]`: what happens after a loss.
+    Recovery {
+        /// How often a process of the run may be restarted before the run gives up.
+        restarts: u32 = 3,
+        /// Seconds that the run waits for missing members before it exits 75.
+        wait_s: u64 = 25,
+        /// Seconds without a sign of life after which a member counts as lost.
+        heartbeat_timeout_s: u64 = 8,
+        /// Seconds after which a collective that makes no progress fails.
+        collective_timeout_s: u64 = 20,
+    }
+);

@@ -1,0 +1,327 @@
+//! The gRPC shell around the state machine: sockets, timers and channels, no decision.
+//!
+//! One task owns [`State`]. Every stream turns its messages into [`Input`]s on one bounded queue;
+//! the owner applies them in order and sends the effects to the agents' bounded queues. A full
+//! queue means a dead agent, which the heartbeat finds.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use futures::{Stream, StreamExt};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::state::{Effect, Event, Limits, Phase, State};
+use crate::proto::TrainerEvent;
+use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
+use crate::proto::wire::{self, agent_message, order};
+use crate::types::{Generation, NodeId};
+
+/// Inputs that may wait for the owner task.
+const QUEUE: usize = 1024;
+/// Orders that may wait for one agent.
+const ORDERS: usize = 64;
+/// How often time passes for the state machine.
+const TICK: Duration = Duration::from_millis(250);
+/// How long the service stays up after the end, so that everyone hears of it.
+const LINGER: Duration = Duration::from_secs(3);
+/// Notes kept in the status that watchers read.
+const NOTES: usize = 200;
+
+/// How the run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Exit status.
+    pub status: i32,
+    /// Why, in one line.
+    pub reason: String,
+}
+
+/// Why the service could not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServiceError {
+    /// The listening socket failed.
+    #[error("the coordinator's socket failed: {0}")]
+    Transport(#[from] tonic::transport::Error),
+    /// The task that owns the state ended without an outcome.
+    #[error("the coordinator's task ended early")]
+    Gone,
+}
+
+/// What reaches the owner task.
+enum Input {
+    Joined { hello: wire::Hello, orders: mpsc::Sender<Result<wire::Order, Status>>, host: String },
+    Message { node: NodeId, kind: agent_message::Kind },
+    Left { node: NodeId, incarnation: String },
+    Stop(String),
+}
+
+/// Serves a run until it ends. `stop` ends it in good order (75) when it resolves.
+///
+/// # Errors
+/// [`ServiceError`] if the socket fails.
+pub async fn serve(
+    listener: TcpListener,
+    limits: Limits,
+    stop: impl Future<Output = String> + Send + 'static,
+) -> Result<Outcome, ServiceError> {
+    let wanted = limits.nodes;
+    let (inputs, queue) = mpsc::channel(QUEUE);
+    let (status, watched) = watch::channel(wire::RunStatus { wanted, ..Default::default() });
+    let stopper = inputs.clone();
+    tokio::spawn(async move {
+        let reason = stop.await;
+        // The owner is gone only if the run has ended: nothing is left to stop.
+        drop(stopper.send(Input::Stop(reason)).await);
+    });
+    let owner = tokio::spawn(own(State::new(limits), queue, status));
+    let (over, ended) = tokio::sync::oneshot::channel::<()>();
+    let service = CoordinatorServer::new(Service { inputs, watched });
+    let server = tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .add_service(service)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            ended.await.ok();
+        });
+    let server = tokio::spawn(server);
+    let outcome = owner.await.map_err(|_| ServiceError::Gone)?;
+    over.send(()).ok();
+    match tokio::time::timeout(LINGER, server).await {
+        Ok(Ok(result)) => result?,
+        Ok(Err(_)) | Err(_) => tracing::debug!("some streams were still open at the end"),
+    }
+    Ok(outcome)
+}
+
+/// The one task that owns the state: input, event, apply, execute.
+async fn own(
+    mut state: State,
+    mut queue: mpsc::Receiver<Input>,
+    status: watch::Sender<wire::RunStatus>,
+) -> Outcome {
+    let start = Instant::now();
+    let mut agents: BTreeMap<NodeId, Agent> = BTreeMap::new();
+    let mut tick = tokio::time::interval(TICK);
+    loop {
+        let input = tokio::select! {
+            input = queue.recv() => input,
+            _ = tick.tick() => None,
+        };
+        let event = match input {
+            Some(input) => event_of(input, &mut agents, &status),
+            None => Some(Event::Tick),
+        };
+        let Some(event) = event else { continue };
+        let left = match &event {
+            Event::Left { node, incarnation } => Some((*node, incarnation.clone())),
+            _ => None,
+        };
+        for effect in state.apply(start.elapsed(), event) {
+            execute(effect, &agents, &status);
+        }
+        if let Some((node, incarnation)) = left
+            && agents.get(&node).is_some_and(|agent| agent.incarnation == incarnation)
+        {
+            agents.remove(&node);
+        }
+        publish(&state, &status);
+        if let Phase::Finished { status, reason } = state.phase() {
+            return Outcome { status: *status, reason: reason.clone() };
+        }
+    }
+}
+
+/// The owner's side of one agent's stream.
+struct Agent {
+    incarnation: String,
+    host: String,
+    orders: mpsc::Sender<Result<wire::Order, Status>>,
+}
+
+fn event_of(
+    input: Input,
+    agents: &mut BTreeMap<NodeId, Agent>,
+    status: &watch::Sender<wire::RunStatus>,
+) -> Option<Event> {
+    match input {
+        Input::Joined { hello, orders, host } => {
+            let node = NodeId(hello.node);
+            let incarnation = hello.incarnation.clone();
+            agents.insert(node, Agent { incarnation, host, orders });
+            Some(Event::Joined {
+                node,
+                incarnation: hello.incarnation,
+                kv_address: hello.kv_address,
+            })
+        }
+        Input::Left { node, incarnation } => Some(Event::Left { node, incarnation }),
+        Input::Stop(reason) => Some(Event::StopRequested { reason }),
+        Input::Message { node, kind } => match kind {
+            agent_message::Kind::Hello(_) | agent_message::Kind::Heartbeat(_) => {
+                Some(Event::Heard { node })
+            }
+            agent_message::Kind::Stop(stop) => Some(Event::StopRequested { reason: stop.reason }),
+            agent_message::Kind::Exit(exit) => Some(Event::TrainerExited {
+                node,
+                generation: Generation(exit.generation),
+                status: exit.status,
+                evidence: exit.evidence,
+            }),
+            agent_message::Kind::Report(report) => {
+                relay(&report, status);
+                Some(Event::Heard { node })
+            }
+        },
+    }
+}
+
+/// Puts a trainer's event where watchers see it. Step events are rank 0's only.
+fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) {
+    match serde_json::from_str::<TrainerEvent>(&report.event) {
+        Ok(TrainerEvent::Step { .. }) if report.rank == 0 => {
+            status.send_modify(|s| s.progress.clone_from(&report.event));
+        }
+        Ok(TrainerEvent::Validation { .. }) if report.rank == 0 => {
+            status.send_modify(|s| s.validation.clone_from(&report.event));
+        }
+        Ok(TrainerEvent::Ready { step }) if report.rank == 0 && step.0 > 0 => {
+            note(status, format!("resumed at step {step}"));
+        }
+        Ok(TrainerEvent::Note { text }) => note(status, text),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(rank = report.rank, %error, "unreadable trainer event"),
+    }
+}
+
+fn note(status: &watch::Sender<wire::RunStatus>, text: String) {
+    tracing::info!("{text}");
+    status.send_modify(|s| {
+        s.notes.push(text);
+        let surplus = s.notes.len().saturating_sub(NOTES);
+        s.notes.drain(..surplus);
+    });
+}
+
+fn execute(effect: Effect, agents: &BTreeMap<NodeId, Agent>, status: &watch::Sender<wire::RunStatus>) {
+    let send = |node: NodeId, kind: order::Kind| {
+        if let Some(agent) = agents.get(&node)
+            && agent.orders.try_send(Ok(wire::Order { kind: Some(kind) })).is_err()
+        {
+            tracing::warn!(%node, "an order could not be delivered; the heartbeat will tell");
+        }
+    };
+    match effect {
+        Effect::Start { node, generation, rank, world, kv_address } => {
+            let host = agents.get(&node).map(|agent| agent.host.clone()).unwrap_or_default();
+            tracing::info!(%node, %generation, %rank, %world, "start trainer");
+            let start = wire::Start {
+                generation: generation.0,
+                rank: rank.0,
+                world: world.0,
+                kv_address,
+                host,
+            };
+            send(node, order::Kind::Start(start));
+        }
+        Effect::End { node, generation, reason } => {
+            send(node, order::Kind::End(wire::End { generation: generation.0, reason }));
+        }
+        Effect::CheckpointAndStop { node, generation } => {
+            let checkpoint = wire::Checkpoint { generation: generation.0 };
+            send(node, order::Kind::CheckpointAndStop(checkpoint));
+        }
+        Effect::Finish { status: code, reason } => {
+            for node in agents.keys() {
+                let finish = wire::Finish { status: code, reason: reason.clone() };
+                send(*node, order::Kind::Finish(finish));
+            }
+        }
+        Effect::Note(text) => note(status, text),
+    }
+}
+
+fn publish(state: &State, status: &watch::Sender<wire::RunStatus>) {
+    status.send_if_modified(|s| {
+        let before = s.clone();
+        s.members = state.members();
+        s.generation = state.generation().0;
+        match state.phase() {
+            Phase::Gathering { .. } => s.phase = "waiting for workers".to_owned(),
+            Phase::Training { stopping: None, .. } => s.phase = "training".to_owned(),
+            Phase::Training { .. } => s.phase = "stopping".to_owned(),
+            Phase::Draining { .. } => s.phase = "recovering".to_owned(),
+            Phase::Finished { status, reason } => {
+                s.phase = "finished".to_owned();
+                s.finished = true;
+                s.status = *status;
+                s.reason.clone_from(reason);
+            }
+        }
+        *s != before
+    });
+}
+
+/// The gRPC handlers: they translate, nothing else.
+struct Service {
+    inputs: mpsc::Sender<Input>,
+    watched: watch::Receiver<wire::RunStatus>,
+}
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type JoinStream = Boxed<wire::Order>;
+    type WatchStream = Boxed<wire::RunStatus>;
+
+    async fn join(
+        &self,
+        request: Request<Streaming<wire::AgentMessage>>,
+    ) -> Result<Response<Self::JoinStream>, Status> {
+        let host = request.local_addr().map(|a: SocketAddr| a.ip().to_string()).unwrap_or_default();
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.and_then(|message| message.kind);
+        let Some(agent_message::Kind::Hello(hello)) = first else {
+            return Err(Status::invalid_argument("the first message must be a hello"));
+        };
+        let (orders, queue) = mpsc::channel(ORDERS);
+        let (node, incarnation) = (NodeId(hello.node), hello.incarnation.clone());
+        let gone = |_| Status::unavailable("the run has ended");
+        self.inputs.send(Input::Joined { hello, orders, host }).await.map_err(gone)?;
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = messages.message().await {
+                let Some(kind) = message.kind else { continue };
+                if inputs.send(Input::Message { node, kind }).await.is_err() {
+                    return;
+                }
+            }
+            // The owner is gone only when the run has ended; then nobody needs to know.
+            inputs.send(Input::Left { node, incarnation }).await.ok();
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
+    }
+
+    async fn watch(
+        &self,
+        _: Request<wire::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let stream = WatchStream::new(self.watched.clone()).map(Ok);
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn stop(
+        &self,
+        request: Request<wire::StopRequest>,
+    ) -> Result<Response<wire::StopReply>, Status> {
+        let reason = request.into_inner().reason;
+        let gone = |_| Status::unavailable("the run has ended");
+        self.inputs.send(Input::Stop(reason)).await.map_err(gone)?;
+        Ok(Response::new(wire::StopReply {}))
+    }
+}

@@ -1,0 +1,177 @@
+//! Thousands of seeded lives of the coordinator: members come, die, fall silent and return at
+//! random, and the promises hold in every one. A failing seed is printed and can be replayed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use super::state::{Effect, Event, Limits, Phase, State};
+use crate::types::{Generation, NodeId};
+
+fn limits() -> Limits {
+    Limits {
+        nodes: 3,
+        restarts: 2,
+        wait: Duration::from_secs(25),
+        heartbeat: Duration::from_secs(8),
+        drain: Duration::from_secs(10),
+    }
+}
+
+fn joined(node: u32, life: u32) -> Event {
+    Event::Joined {
+        node: NodeId(node),
+        incarnation: format!("{node}.{life}"),
+        kv_address: format!("127.0.0.1:{node}"),
+    }
+}
+
+fn exited(node: u32, generation: u64, status: i32) -> Event {
+    Event::TrainerExited {
+        node: NodeId(node),
+        generation: Generation(generation),
+        status,
+        evidence: format!("exited with {status}"),
+    }
+}
+
+fn all_here() -> State {
+    let mut state = State::new(limits());
+    for node in 0..3 {
+        state.apply(Duration::ZERO, joined(node, 0));
+    }
+    assert!(matches!(state.phase(), Phase::Training { .. }));
+    state
+}
+
+#[test]
+fn a_generation_starts_only_when_all_are_here_and_ranks_are_distinct() {
+    let mut state = State::new(limits());
+    assert!(state.apply(Duration::ZERO, joined(2, 0)).is_empty());
+    assert!(state.apply(Duration::ZERO, joined(0, 0)).is_empty());
+    let effects = state.apply(Duration::ZERO, joined(1, 0));
+    let ranks: Vec<u32> = effects
+        .iter()
+        .map(|effect| match effect {
+            Effect::Start { rank, kv_address, .. } => {
+                assert_eq!(kv_address, "127.0.0.1:0");
+                rank.0
+            }
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(ranks, [0, 1, 2]);
+}
+
+#[test]
+fn a_lost_trainer_ends_the_generation_everywhere_and_the_next_one_starts() {
+    let mut state = all_here();
+    let effects = state.apply(Duration::from_secs(1), exited(1, 1, 137));
+    let ended = effects.iter().filter(|e| matches!(e, Effect::End { .. })).count();
+    assert_eq!(ended, 3);
+    state.apply(Duration::from_secs(1), exited(0, 1, 137));
+    let effects = state.apply(Duration::from_secs(1), exited(2, 1, 137));
+    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Start { .. })).count(), 3);
+    assert_eq!(state.generation(), Generation(2));
+}
+
+#[test]
+fn reports_of_an_older_generation_change_nothing() {
+    let mut state = all_here();
+    let before = state.clone();
+    assert!(state.apply(Duration::from_secs(1), exited(1, 0, 1)).is_empty());
+    assert_eq!(state, before);
+}
+
+#[test]
+fn the_restart_budget_is_kept_and_usage_errors_are_final() {
+    let mut state = all_here();
+    for generation in 1..=3 {
+        for node in 0..3 {
+            state.apply(Duration::from_secs(1), exited(node, generation, 1));
+        }
+    }
+    assert!(matches!(state.phase(), Phase::Finished { status: 1, .. }), "{:?}", state.phase());
+    let mut state = all_here();
+    state.apply(Duration::from_secs(1), exited(0, 1, 2));
+    assert!(matches!(state.phase(), Phase::Finished { status: 2, .. }));
+}
+
+#[test]
+fn a_stop_asks_every_trainer_and_ends_with_75() {
+    let mut state = all_here();
+    let effects =
+        state.apply(Duration::from_secs(1), Event::StopRequested { reason: "SIGINT".to_owned() });
+    assert_eq!(effects.len(), 3);
+    for node in 0..3 {
+        state.apply(Duration::from_secs(2), exited(node, 1, 75));
+    }
+    assert!(matches!(state.phase(), Phase::Finished { status: 75, .. }));
+}
+
+/// Whatever happens, the run ends within a bounded time after the last event, a generation never
+/// has two trainers on a node at once, and generations only grow.
+#[test]
+fn thousands_of_seeds_end_and_never_double_a_trainer() {
+    for seed in 0..4000 {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut state = State::new(limits());
+        let mut now = Duration::ZERO;
+        let mut lives = [0_u32; 3];
+        let mut running: BTreeMap<NodeId, Generation> = BTreeMap::new();
+        for _ in 0..60 {
+            now += Duration::from_millis(u64::from(rng.next_u32() % 3000));
+            let node = rng.next_u32() % 3;
+            let event = match rng.next_u32() % 12 {
+                0..=3 => {
+                    lives[node as usize] += 1;
+                    running.remove(&NodeId(node)); // a new agent has no trainer
+                    joined(node, lives[node as usize])
+                }
+                4 => {
+                    running.remove(&NodeId(node));
+                    Event::Left {
+                        node: NodeId(node),
+                        incarnation: format!("{node}.{}", lives[node as usize]),
+                    }
+                }
+                5 | 6 => match running.remove(&NodeId(node)) {
+                    Some(generation) => exited(node, generation.0, [0, 1, 75, 137][(rng.next_u32() % 4) as usize]),
+                    None => Event::Tick,
+                },
+                7 if rng.next_u32() % 8 == 0 => Event::StopRequested { reason: "test".to_owned() },
+                8 => Event::Tick,
+                _ => Event::Heard { node: NodeId(node) },
+            };
+            let before = state.generation();
+            for effect in state.apply(now, event) {
+                match effect {
+                    Effect::Start { node, generation, .. } => {
+                        assert!(generation > before, "seed {seed}");
+                        let doubled = running.insert(node, generation);
+                        assert_eq!(doubled, None, "seed {seed}: two trainers on node {node}");
+                    }
+                    Effect::End { node, generation, .. } => {
+                        // The agent kills it and reports, later or never: here at once, half the time.
+                        if rng.next_u32() % 2 == 0 && running.get(&node) == Some(&generation) {
+                            running.remove(&node);
+                            for effect in state.apply(now, exited(node.0, generation.0, 137)) {
+                                if let Effect::Start { node, generation, .. } = effect {
+                                    running.insert(node, generation);
+                                }
+                            }
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        for _ in 0..200 {
+            now += Duration::from_secs(1);
+            state.apply(now, Event::Tick);
+        }
+        assert!(matches!(state.phase(), Phase::Finished { .. }), "seed {seed}: {:?}", state.phase());
+    }
+}

@@ -1,0 +1,443 @@
+//! The coordinator's state machine: no clock, randomness, socket or await.
+//!
+//! ```text
+//!              all members here              a member or trainer lost, budget left
+//!  Gathering ───────────────────► Training ──────────────────────────► Draining
+//!      ▲   │                        │    │                                │
+//!      │   │ waited too long, stop  │    │ all trainers left with 0 or 75 │ all trainers gone
+//!      │   ▼                        │    ▼                                │
+//!      │  Finished(75) ◄── no budget┘  Finished(0 | 75)                   │
+//!      └──────────────────────────────────────────────────────────────────┘
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
+use crate::types::{Generation, NodeId, Rank, WorldSize};
+
+/// Time since the coordinator's start; it comes with every event.
+pub type Now = Duration;
+
+/// How patient the coordinator is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Members that a generation needs.
+    pub nodes: u32,
+    /// Generations that may be lost before the run gives up.
+    pub restarts: u32,
+    /// Longest wait for missing members.
+    pub wait: Duration,
+    /// Longest silence of a member.
+    pub heartbeat: Duration,
+    /// Longest wait for trainers to leave, when draining or stopping.
+    pub drain: Duration,
+}
+
+/// One agent, as the coordinator knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Member {
+    incarnation: String,
+    kv_address: String,
+    last_seen: Now,
+}
+
+/// Where the run stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Phase {
+    /// Waiting for members.
+    Gathering {
+        /// Since when.
+        since: Now,
+    },
+    /// A generation trains.
+    Training {
+        /// Rank of each node.
+        ranks: BTreeMap<NodeId, Rank>,
+        /// Exit status of the trainers that have left in good order.
+        left: BTreeMap<NodeId, i32>,
+        /// When a stop was asked for.
+        stopping: Option<Now>,
+    },
+    /// A generation was lost; its trainers are being ended.
+    Draining {
+        /// Nodes whose trainer has not left yet.
+        waiting_for: BTreeSet<NodeId>,
+        /// Since when.
+        since: Now,
+    },
+    /// The run has ended.
+    Finished {
+        /// Exit status.
+        status: i32,
+        /// Why, in one line.
+        reason: String,
+    },
+}
+
+/// What happens to the coordinator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// An agent said hello.
+    Joined {
+        /// Which node it serves.
+        node: NodeId,
+        /// Fresh with every start of the agent.
+        incarnation: String,
+        /// Its key-value service.
+        kv_address: String,
+    },
+    /// An agent's stream ended.
+    Left {
+        /// Which.
+        node: NodeId,
+        /// Which life of it.
+        incarnation: String,
+    },
+    /// Any message from an agent.
+    Heard {
+        /// Which.
+        node: NodeId,
+    },
+    /// A trainer's process ended.
+    TrainerExited {
+        /// On which node.
+        node: NodeId,
+        /// Of which generation.
+        generation: Generation,
+        /// Exit status, or 128 + signal.
+        status: i32,
+        /// What the agent saw.
+        evidence: String,
+    },
+    /// The user or the platform wants the run to checkpoint and end.
+    StopRequested {
+        /// Who asked.
+        reason: String,
+    },
+    /// Time passed.
+    Tick,
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Start a trainer.
+    Start {
+        /// On this node.
+        node: NodeId,
+        /// For this generation.
+        generation: Generation,
+        /// As this rank.
+        rank: Rank,
+        /// Of so many.
+        world: WorldSize,
+        /// With the c10d store hosted here.
+        kv_address: String,
+    },
+    /// Kill the trainer of a generation.
+    End {
+        /// On this node.
+        node: NodeId,
+        /// Of this generation.
+        generation: Generation,
+        /// Why.
+        reason: String,
+    },
+    /// Have the trainer checkpoint and leave.
+    CheckpointAndStop {
+        /// On this node.
+        node: NodeId,
+        /// Of this generation.
+        generation: Generation,
+    },
+    /// Tell everyone that the run has ended.
+    Finish {
+        /// Exit status.
+        status: i32,
+        /// Why.
+        reason: String,
+    },
+    /// A line for the user.
+    Note(String),
+}
+
+/// The whole state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    limits: Limits,
+    members: BTreeMap<NodeId, Member>,
+    phase: Phase,
+    generation: Generation,
+    lost_generations: u32,
+    stop: Option<String>,
+}
+
+impl State {
+    /// A run that waits for its members.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            members: BTreeMap::new(),
+            phase: Phase::Gathering { since: Duration::ZERO },
+            generation: Generation(0),
+            lost_generations: 0,
+            stop: None,
+        }
+    }
+
+    /// Where the run stands.
+    #[must_use]
+    pub fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// The newest generation; 0 before the first.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// How many members are here.
+    #[must_use]
+    pub fn members(&self) -> u32 {
+        u32::try_from(self.members.len()).unwrap_or(u32::MAX)
+    }
+
+    /// The one way in: what `event` at `now` changes, and what is to be done about it.
+    pub fn apply(&mut self, now: Now, event: Event) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        match event {
+            Event::Joined { node, incarnation, kv_address } => {
+                self.joined(now, node, incarnation, kv_address, &mut effects);
+            }
+            Event::Left { node, incarnation } => {
+                if self.members.get(&node).is_some_and(|m| m.incarnation == incarnation) {
+                    self.lose(now, node, "its connection closed", &mut effects);
+                }
+            }
+            Event::Heard { node } => {
+                if let Some(member) = self.members.get_mut(&node) {
+                    member.last_seen = now;
+                }
+            }
+            Event::TrainerExited { node, generation, status, evidence } => {
+                if generation == self.generation {
+                    self.trainer_exited(now, node, status, &evidence, &mut effects);
+                }
+            }
+            Event::StopRequested { reason } => self.stop_requested(now, reason, &mut effects),
+            Event::Tick => self.tick(now, &mut effects),
+        }
+        self.maybe_start(now, &mut effects);
+        effects
+    }
+
+    fn joined(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        incarnation: String,
+        kv_address: String,
+        effects: &mut Vec<Effect>,
+    ) {
+        if let Phase::Finished { status, reason } = &self.phase {
+            effects.push(Effect::Finish { status: *status, reason: reason.clone() });
+            return;
+        }
+        if node.0 >= self.limits.nodes {
+            effects.push(Effect::Note(format!(
+                "node {node} is not wanted: the run has nodes 0 to {}",
+                self.limits.nodes.saturating_sub(1)
+            )));
+            return;
+        }
+        if self.members.contains_key(&node) {
+            self.lose(now, node, "a new agent took its place", effects);
+        }
+        self.members.insert(node, Member { incarnation, kv_address, last_seen: now });
+    }
+
+    /// Starts a generation when everyone is here.
+    fn maybe_start(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if !matches!(self.phase, Phase::Gathering { .. }) {
+            return;
+        }
+        if let Some(reason) = self.stop.clone() {
+            self.finish(EXIT_RESUMABLE, reason, effects);
+            return;
+        }
+        if self.members() < self.limits.nodes {
+            return;
+        }
+        let Some(first) = self.members.values().next() else { return };
+        let kv_address = first.kv_address.clone();
+        self.generation = Generation(self.generation.0 + 1);
+        let mut ranks = BTreeMap::new();
+        for (rank, node) in (0..).zip(self.members.keys()) {
+            ranks.insert(*node, Rank(rank));
+            effects.push(Effect::Start {
+                node: *node,
+                generation: self.generation,
+                rank: Rank(rank),
+                world: WorldSize(self.limits.nodes),
+                kv_address: kv_address.clone(),
+            });
+        }
+        for member in self.members.values_mut() {
+            member.last_seen = now;
+        }
+        self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
+    }
+
+    fn lose(&mut self, now: Now, node: NodeId, why: &str, effects: &mut Vec<Effect>) {
+        self.members.remove(&node);
+        match &mut self.phase {
+            Phase::Training { ranks, left, .. }
+                if ranks.contains_key(&node) && !left.contains_key(&node) =>
+            {
+                self.lose_generation(now, format!("node {node} was lost: {why}"), effects);
+            }
+            Phase::Draining { waiting_for, .. } => {
+                waiting_for.remove(&node);
+            }
+            _ => {}
+        }
+        self.drained(now);
+    }
+
+    fn trainer_exited(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        status: i32,
+        evidence: &str,
+        effects: &mut Vec<Effect>,
+    ) {
+        match &mut self.phase {
+            Phase::Training { ranks, left, .. } => {
+                let Some(rank) = ranks.get(&node).copied() else { return };
+                match status {
+                    EXIT_DONE | EXIT_RESUMABLE => {
+                        left.insert(node, status);
+                        if left.len() == ranks.len() {
+                            let stopped = left.values().any(|&s| s == EXIT_RESUMABLE);
+                            let (status, reason) = if stopped {
+                                (EXIT_RESUMABLE, "stopped after a checkpoint")
+                            } else {
+                                (EXIT_DONE, "complete")
+                            };
+                            self.finish(status, reason.to_owned(), effects);
+                        }
+                    }
+                    EXIT_USAGE => self.finish(EXIT_USAGE, evidence.to_owned(), effects),
+                    _ => {
+                        let why = format!("the trainer of node {node} (rank {rank}) {evidence}");
+                        self.lose_generation(now, why, effects);
+                        if let Phase::Draining { waiting_for, .. } = &mut self.phase {
+                            waiting_for.remove(&node);
+                        }
+                    }
+                }
+            }
+            Phase::Draining { waiting_for, .. } => {
+                waiting_for.remove(&node);
+            }
+            _ => {}
+        }
+        self.drained(now);
+    }
+
+    fn lose_generation(&mut self, now: Now, why: String, effects: &mut Vec<Effect>) {
+        self.lost_generations += 1;
+        let Phase::Training { ranks, left, .. } = &self.phase else { return };
+        let waiting_for: BTreeSet<NodeId> = ranks
+            .keys()
+            .filter(|node| !left.contains_key(node) && self.members.contains_key(node))
+            .copied()
+            .collect();
+        for node in &waiting_for {
+            effects.push(Effect::End {
+                node: *node,
+                generation: self.generation,
+                reason: why.clone(),
+            });
+        }
+        if self.lost_generations > self.limits.restarts {
+            let reason = format!("{why}; {} restarts are used up", self.limits.restarts);
+            self.finish(EXIT_FAILED, reason, effects);
+            return;
+        }
+        effects.push(Effect::Note(format!(
+            "{why}; going on from the last checkpoint (restart {} of {})",
+            self.lost_generations, self.limits.restarts
+        )));
+        self.phase = Phase::Draining { waiting_for, since: now };
+    }
+
+    /// Leaves `Draining` once nobody is waited for.
+    fn drained(&mut self, now: Now) {
+        if let Phase::Draining { waiting_for, .. } = &self.phase
+            && waiting_for.is_empty()
+        {
+            self.phase = Phase::Gathering { since: now };
+        }
+    }
+
+    fn stop_requested(&mut self, now: Now, reason: String, effects: &mut Vec<Effect>) {
+        if self.stop.is_some() || matches!(self.phase, Phase::Finished { .. }) {
+            return;
+        }
+        self.stop = Some(reason);
+        if let Phase::Training { ranks, stopping, .. } = &mut self.phase {
+            *stopping = Some(now);
+            for node in ranks.keys() {
+                let generation = self.generation;
+                effects.push(Effect::CheckpointAndStop { node: *node, generation });
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Now, effects: &mut Vec<Effect>) {
+        if matches!(self.phase, Phase::Finished { .. }) {
+            return;
+        }
+        let silent: Vec<NodeId> = self
+            .members
+            .iter()
+            .filter(|(_, m)| now.saturating_sub(m.last_seen) > self.limits.heartbeat)
+            .map(|(node, _)| *node)
+            .collect();
+        for node in silent {
+            self.lose(now, node, "no sign of life", effects);
+        }
+        match &self.phase {
+            Phase::Gathering { since } if now.saturating_sub(*since) > self.limits.wait => {
+                let reason = format!(
+                    "{} of {} workers came within {} s",
+                    self.members(),
+                    self.limits.nodes,
+                    self.limits.wait.as_secs()
+                );
+                self.finish(EXIT_RESUMABLE, reason, effects);
+            }
+            Phase::Draining { waiting_for, since } if now.saturating_sub(*since) > self.limits.drain => {
+                for node in waiting_for.clone() {
+                    self.lose(now, node, "its trainer would not end", effects);
+                }
+            }
+            Phase::Training { stopping: Some(since), .. }
+                if now.saturating_sub(*since) > self.limits.drain =>
+            {
+                self.finish(EXIT_RESUMABLE, "the trainers did not stop in time".to_owned(), effects);
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(&mut self, status: i32, reason: String, effects: &mut Vec<Effect>) {
+        effects.push(Effect::Finish { status, reason: reason.clone() });
+        self.phase = Phase::Finished { status, reason };
+    }
+}

@@ -1,0 +1,134 @@
+//! One trainer process, as its agent sees it: JSON lines in and out, an exit status, a kill.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+
+use crate::proto::{Assignment, TrainerOrder};
+use crate::types::Generation;
+
+/// The environment variable by which a child learns whose death it must follow.
+pub const PARENT_VARIABLE: &str = "CPCR_PARENT_PID";
+
+/// How a trainer is started.
+#[derive(Debug, Clone)]
+pub struct ChildOptions {
+    /// The `cpcr-engine` binary.
+    pub engine: PathBuf,
+    /// Folder for the trainer's log, by rank.
+    pub logs: PathBuf,
+}
+
+/// A running trainer.
+pub struct TrainerChild {
+    /// The generation it belongs to.
+    pub generation: Generation,
+    /// Its rank, for the log and the reports.
+    pub rank: u32,
+    child: Child,
+    orders: Option<ChildStdin>,
+    events: Lines<BufReader<ChildStdout>>,
+}
+
+/// What a trainer did.
+pub enum ChildEvent {
+    /// It printed a line.
+    Line(String),
+    /// Its process ended: exit status (or 128 + signal) and what was seen, in words.
+    Exited(i32, String),
+}
+
+impl TrainerChild {
+    /// Starts a trainer.
+    ///
+    /// # Errors
+    /// When the process or its log file cannot be made.
+    pub fn spawn(options: &ChildOptions, assignment: &Assignment) -> std::io::Result<Self> {
+        std::fs::create_dir_all(&options.logs)?;
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(options.logs.join(format!("rank-{}.log", assignment.rank)))?;
+        let text = serde_json::to_string(assignment).map_err(std::io::Error::other)?;
+        let mut child = Command::new(&options.engine)
+            .arg("trainer")
+            .arg("--assignment")
+            .arg(text)
+            .env(PARENT_VARIABLE, std::process::id().to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()?;
+        let orders = child.stdin.take();
+        let stdout = child.stdout.take().ok_or_else(|| std::io::Error::other("no stdout"))?;
+        Ok(Self {
+            generation: assignment.generation,
+            rank: assignment.rank.0,
+            child,
+            orders,
+            events: BufReader::new(stdout).lines(),
+        })
+    }
+
+    /// The next line or the end. Lines come first: everything the trainer said is heard.
+    pub async fn next(&mut self) -> ChildEvent {
+        if let Ok(Some(line)) = self.events.next_line().await {
+            return ChildEvent::Line(line);
+        }
+        match self.child.wait().await {
+            Ok(status) => {
+                let (code, evidence) = describe(status);
+                ChildEvent::Exited(code, evidence)
+            }
+            Err(error) => ChildEvent::Exited(1, format!("could not be waited for: {error}")),
+        }
+    }
+
+    /// Passes an order on. A trainer that is gone shows by its exit, so a failure is only logged.
+    pub async fn order(&mut self, order: &TrainerOrder) {
+        let Some(stdin) = &mut self.orders else { return };
+        let Ok(mut line) = serde_json::to_string(order) else { return };
+        line.push('\n');
+        if let Err(error) = stdin.write_all(line.as_bytes()).await {
+            tracing::warn!(rank = self.rank, %error, "the trainer takes no orders");
+        }
+    }
+
+    /// SIGKILL: the one cure for a stuck collective. The exit shows through [`Self::next`].
+    pub fn kill(&mut self) {
+        if let Err(error) = self.child.start_kill() {
+            tracing::debug!(rank = self.rank, %error, "already gone");
+        }
+    }
+}
+
+/// Exit status in the shell's way, and in words.
+fn describe(status: ExitStatus) -> (i32, String) {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => (code, format!("exited with status {code}")),
+        (None, Some(signal)) => (128 + signal, format!("was killed by signal {signal}")),
+        (None, None) => (1, "ended without a status".to_owned()),
+    }
+}
+
+/// Asks the kernel to end this process with the parent that [`PARENT_VARIABLE`] names.
+///
+/// Does nothing where the variable is absent: then a person started the process. Returns `false`
+/// if that parent is gone already, so that the caller leaves at once.
+#[must_use]
+pub fn die_with_parent() -> bool {
+    let Some(parent) = std::env::var(PARENT_VARIABLE).ok().and_then(|p| p.parse::<i32>().ok())
+    else {
+        return true;
+    };
+    if let Err(error) =
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+    {
+        tracing::warn!(%error, "this process may outlive its parent");
+    }
+    rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() == parent)
+}

@@ -73,8 +73,10 @@ reset; mkdir "$work/lt"; vars=(LIBTORCH="$work/lt"); expect own-none 2 'holds no
 reset; echo "__version__ = '2.10.0+cu130'" >"$work/lt/version.py"; vars=(LIBTORCH="$work/lt"); expect own-old 2 'is version 2.10.0+cu130, 2.11.0 is needed' 1
 reset; echo "__version__ = '2.11.0+cu130'" >"$work/lt/version.py"; vars=(LIBTORCH="$work/lt"); expect own 0 'using LIBTORCH' 1
 # shellcheck disable=SC2016
+reset
 # shellcheck disable=SC2016 # the stand-in expands them
-reset; stand_in "$work/bin/python3" 'case "$*" in *--target*) while [ "$1" != --target ]; do shift; done; mkdir -p "$2/torch" ;; *) echo 3.9 ;; esac'; expect peers-python 2 'locked for Python 3.10 to 3.13' any --peers
+stand_in "$work/bin/python3" 'case "$*" in *--target*) while [ "$1" != --target ]; do shift; done; mkdir -p "$2/torch" ;; *) echo 3.9 ;; esac'
+expect peers-python 2 'locked for Python 3.10 to 3.13' any --peers
 
 # Two at once: one fetches, the other waits and finds it there.
 reset

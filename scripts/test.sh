@@ -36,6 +36,9 @@ else
 fi
 scripts/test-setup.sh
 
+step kubernetes manifests
+"$(scripts/setup.sh --quiet --peers | tail -1)" scripts/test-k8s.py
+
 step dependency rules
 if [ "${CPCR_SKIP_DENY:-0}" = 1 ]; then
     skipped+=("dependency rules: CPCR_SKIP_DENY=1")

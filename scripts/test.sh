@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Every check of this repository, from a fresh clone: libtorch, formatting, lints, the dependency rules, the tests.
+# What cannot run on this machine is said at the end, not passed over in silence. Arguments go to `cargo test`.
+# CPCR_SKIP_DENY=1 skips the dependency rules (the first run on a machine compiles cargo-deny, some 3 minutes).
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+readonly DENY_VERSION=0.20.2
+cache=${CPCR_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/cpcr}
+skipped=()
+
+step() { printf '\n== %s (%d s so far)\n' "$*" "$SECONDS" >&2; }
+
+step setup
+scripts/setup.sh
+
+step formatting
+if cargo fmt --version >/dev/null 2>&1; then
+    cargo fmt --all --check
+else
+    skipped+=("formatting: rustfmt is not installed (rustup component add rustfmt)")
+fi
+
+step lints
+if cargo clippy --version >/dev/null 2>&1; then
+    cargo clippy --locked --all-targets -- -D warnings
+else
+    skipped+=("lints: clippy is not installed (rustup component add clippy)")
+fi
+
+step shell scripts
+if command -v shellcheck >/dev/null; then
+    shellcheck scripts/*.sh .ci/run
+else
+    skipped+=("shell scripts: shellcheck is not installed (sudo apt-get install shellcheck)")
+fi
+scripts/test-setup.sh
+
+step kubernetes manifests
+"$(scripts/setup.sh --quiet --peers | tail -1)" scripts/test-k8s.py
+
+step dependency rules
+if [ "${CPCR_SKIP_DENY:-0}" = 1 ]; then
+    skipped+=("dependency rules: CPCR_SKIP_DENY=1")
+else
+    if ! command -v cargo-deny >/dev/null; then
+        PATH=$cache/cargo-deny-$DENY_VERSION/bin:$PATH
+        command -v cargo-deny >/dev/null ||
+            env -u CARGO_TARGET_DIR cargo install --quiet --locked --root "$cache/cargo-deny-$DENY_VERSION" "cargo-deny@$DENY_VERSION"
+    fi
+    cargo deny --offline check bans licenses sources
+fi
+
+step tests
+cargo test --locked "$@"
+
+printf '\n== done after %d s\n' "$SECONDS" >&2
+for line in "${skipped[@]}"; do printf 'NOT CHECKED, %s\n' "$line" >&2; done

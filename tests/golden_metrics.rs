@@ -39,10 +39,7 @@ fn scores_agree_with_medpy() {
             }
         };
         let unit = score_masks(&pred, &gt, shape, [1.0; 3], EmptyPolicy::Refuse).unwrap();
-        close(
-            &format!("{case}.dc_jc_hd95_asd"),
-            &[unit.dice, unit.jaccard, unit.hd95, unit.asd],
-        );
+        close(&format!("{case}.dc_jc_hd95_asd"), &[unit.dice, unit.jaccard, unit.hd95, unit.asd]);
         let mm = score_masks(&pred, &gt, shape, [10.0, 1.25, 1.25], EmptyPolicy::Refuse).unwrap();
         close(&format!("{case}.hd95_asd_spacing_10_1.25_1.25"), &[mm.hd95, mm.asd]);
     }

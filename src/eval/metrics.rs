@@ -82,7 +82,9 @@ pub struct ClassScores {
 #[non_exhaustive]
 pub enum MetricError {
     /// The two masks are not of the same, stated shape.
-    #[error("a mask of shape {shape:?} has {expected} voxels, got {prediction} predicted and {truth} true ones")]
+    #[error(
+        "a mask of shape {shape:?} has {expected} voxels, got {prediction} predicted and {truth} true ones"
+    )]
     Shape {
         /// Depth, height, width.
         shape: [usize; 3],

@@ -9,7 +9,7 @@ pub mod report;
 pub mod summary;
 pub mod volumes;
 
-pub use metrics::{ClassScores, EmptyPolicy, Emptiness, MetricError, score_masks};
+pub use metrics::{ClassScores, Emptiness, EmptyPolicy, MetricError, score_masks};
 pub use summary::{ClassSummary, Means, Summary, SummaryError};
 pub use volumes::{
     CaseScores, DistanceUnit, EvalError, EvalSettings, Segmenter, Volume, Zoom, evaluate_volume,

@@ -207,9 +207,8 @@ pub fn score_labels<E: std::error::Error + Send + Sync + 'static>(
         .map(|class| {
             let predicted: Vec<bool> = predicted.iter().map(|l| *l == class).collect();
             let truth: Vec<bool> = volume.label.iter().map(|l| *l == class).collect();
-            score_masks(&predicted, &truth, volume.shape, spacing, settings.policy).map_err(
-                |source| EvalError::Metric { case: volume.case.to_owned(), class, source },
-            )
+            score_masks(&predicted, &truth, volume.shape, spacing, settings.policy)
+                .map_err(|source| EvalError::Metric { case: volume.case.to_owned(), class, source })
         })
         .collect::<Result<_, _>>()?;
     Ok(CaseScores { case: volume.case.to_owned(), classes })
@@ -242,9 +241,7 @@ mod tests {
     }
 
     fn nearest<T: Copy>(slice: &[T], (h, w): Size, (to_h, to_w): Size) -> Vec<T> {
-        (0..to_h * to_w)
-            .map(|i| slice[(i / to_w * h / to_h) * w + (i % to_w) * w / to_w])
-            .collect()
+        (0..to_h * to_w).map(|i| slice[(i / to_w * h / to_h) * w + (i % to_w) * w / to_w]).collect()
     }
 
     const ZOOM: Zoom<'static> =

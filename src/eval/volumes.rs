@@ -1,0 +1,309 @@
+//! One volume at a time: segment it slice by slice, and score what came out.
+//!
+//! The literature's protocol: each slice is zoomed to the patch size (order 0), segmented, and
+//! zoomed back (order 0); scores are then taken in 3-D on the original grid. What segments is
+//! behind [`Segmenter`], how slices are zoomed behind [`Zoom`]: this file knows neither tensors
+//! nor files.
+
+use serde::{Deserialize, Serialize};
+
+use super::metrics::{ClassScores, EmptyPolicy, MetricError, score_masks};
+
+/// Height and width, in pixels.
+pub type Size = (usize, usize);
+
+/// Anything that turns slices of the patch size into labels.
+pub trait Segmenter {
+    /// What can go wrong in it.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Labels `n` slices at once: `slices` is `[n, h, w]`, and so is the result.
+    ///
+    /// # Errors
+    /// Whatever the model reports.
+    fn segment(
+        &mut self,
+        slices: &[f32],
+        n: usize,
+        h: usize,
+        w: usize,
+    ) -> Result<Vec<u8>, Self::Error>;
+}
+
+/// Nearest-neighbour zoom of one slice `[h, w]`, on the sampling grid of `scipy.ndimage.zoom`.
+#[derive(Clone, Copy)]
+pub struct Zoom<'a> {
+    /// Zooms intensities from the first size to the second.
+    pub image: &'a dyn Fn(&[f32], Size, Size) -> Vec<f32>,
+    /// Zooms labels from the first size to the second.
+    pub label: &'a dyn Fn(&[u8], Size, Size) -> Vec<u8>,
+}
+
+/// What distances are counted in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DistanceUnit {
+    /// Unit spacing, as in the literature's tables.
+    #[default]
+    Voxel,
+    /// The file's own spacing, what a clinician reads.
+    Mm,
+}
+
+impl DistanceUnit {
+    /// The spacing to score with, for a file of spacing `file_mm` (depth, height, width).
+    #[must_use]
+    pub fn spacing(self, file_mm: [f64; 3]) -> [f64; 3] {
+        match self {
+            Self::Voxel => [1.0; 3],
+            Self::Mm => file_mm,
+        }
+    }
+}
+
+/// A volume with its truth. Borrowed: volumes are large.
+#[derive(Debug, Clone, Copy)]
+pub struct Volume<'a> {
+    /// Name of the case, unique within a split.
+    pub case: &'a str,
+    /// Intensities in `0..=1`, `[D, H, W]`.
+    pub image: &'a [f32],
+    /// True classes, `[D, H, W]`.
+    pub label: &'a [u8],
+    /// Depth, height, width.
+    pub shape: [usize; 3],
+    /// Millimetres between voxels along depth, height, width.
+    pub spacing_mm: [f64; 3],
+}
+
+/// How volumes are segmented and scored.
+#[derive(Debug, Clone, Copy)]
+pub struct EvalSettings {
+    /// The size the network sees.
+    pub patch: Size,
+    /// Number of classes, background (0) included.
+    pub classes: u8,
+    /// Slices per forward pass.
+    pub batch: usize,
+    /// What distances are counted in.
+    pub unit: DistanceUnit,
+    /// What an empty mask is worth.
+    pub policy: EmptyPolicy,
+}
+
+/// The scores of one case: one entry per foreground class, class 1 first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CaseScores {
+    /// Name of the case.
+    pub case: String,
+    /// Scores of classes `1..classes`.
+    pub classes: Vec<ClassScores>,
+}
+
+/// Why a volume could not be scored.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EvalError<E: std::error::Error + Send + Sync + 'static> {
+    /// The model failed.
+    #[error("segment case {case}")]
+    Segment {
+        /// Name of the case.
+        case: String,
+        /// What the model said.
+        source: E,
+    },
+    /// A buffer has the wrong number of elements.
+    #[error("case {case}: {what} should have {expected} elements, has {actual}")]
+    Length {
+        /// Name of the case.
+        case: String,
+        /// Which buffer.
+        what: &'static str,
+        /// What its shape asks for.
+        expected: usize,
+        /// What it has.
+        actual: usize,
+    },
+    /// No score for the masks.
+    #[error("score class {class} of case {case}")]
+    Metric {
+        /// Name of the case.
+        case: String,
+        /// The class.
+        class: u8,
+        /// Why.
+        source: MetricError,
+    },
+}
+
+/// Segments a volume: labels `[D, H, W]` on the volume's own grid.
+///
+/// # Errors
+/// When the segmenter fails, or a buffer (its result and the zooms' included) has the wrong length.
+pub fn segment_volume<S: Segmenter>(
+    segmenter: &mut S,
+    case: &str,
+    image: &[f32],
+    [d, h, w]: [usize; 3],
+    settings: &EvalSettings,
+    zoom: Zoom<'_>,
+) -> Result<Vec<u8>, EvalError<S::Error>> {
+    let check = |what, actual, expected| match actual == expected {
+        true => Ok(()),
+        false => Err(EvalError::Length { case: case.to_owned(), what, expected, actual }),
+    };
+    check("image", image.len(), d * h * w)?;
+    let (patch_h, patch_w) = settings.patch;
+    let patch_len = patch_h * patch_w;
+    let mut labels = Vec::with_capacity(d * h * w);
+    if image.is_empty() {
+        return Ok(labels);
+    }
+    for slices in image.chunks(settings.batch.max(1) * h * w) {
+        let n = slices.len() / (h * w);
+        let mut patches = Vec::with_capacity(n * patch_len);
+        for slice in slices.chunks(h * w) {
+            patches.extend((zoom.image)(slice, (h, w), settings.patch));
+        }
+        check("zoomed slices", patches.len(), n * patch_len)?;
+        let predicted = segmenter
+            .segment(&patches, n, patch_h, patch_w)
+            .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
+        check("prediction", predicted.len(), n * patch_len)?;
+        for slice in predicted.chunks(patch_len) {
+            labels.extend((zoom.label)(slice, settings.patch, (h, w)));
+        }
+    }
+    check("prediction zoomed back", labels.len(), d * h * w)?;
+    Ok(labels)
+}
+
+/// Segments a volume and scores every foreground class in 3-D.
+///
+/// # Errors
+/// As [`segment_volume`]; and when the policy refuses an empty mask.
+pub fn evaluate_volume<S: Segmenter>(
+    segmenter: &mut S,
+    volume: Volume<'_>,
+    settings: &EvalSettings,
+    zoom: Zoom<'_>,
+) -> Result<CaseScores, EvalError<S::Error>> {
+    let predicted =
+        segment_volume(segmenter, volume.case, volume.image, volume.shape, settings, zoom)?;
+    score_labels(&predicted, volume, settings)
+}
+
+/// Scores labels that are there already, `[D, H, W]`, against the volume's truth.
+///
+/// # Errors
+/// When lengths disagree, or the policy refuses an empty mask.
+pub fn score_labels<E: std::error::Error + Send + Sync + 'static>(
+    predicted: &[u8],
+    volume: Volume<'_>,
+    settings: &EvalSettings,
+) -> Result<CaseScores, EvalError<E>> {
+    let spacing = settings.unit.spacing(volume.spacing_mm);
+    let classes = (1..settings.classes)
+        .map(|class| {
+            let predicted: Vec<bool> = predicted.iter().map(|l| *l == class).collect();
+            let truth: Vec<bool> = volume.label.iter().map(|l| *l == class).collect();
+            score_masks(&predicted, &truth, volume.shape, spacing, settings.policy)
+                .map_err(|source| EvalError::Metric { case: volume.case.to_owned(), class, source })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(CaseScores { case: volume.case.to_owned(), classes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+
+    /// A "model" that reads the class off the intensity.
+    struct Rounds {
+        largest_batch: usize,
+    }
+
+    impl Segmenter for Rounds {
+        type Error = Infallible;
+
+        fn segment(
+            &mut self,
+            slices: &[f32],
+            n: usize,
+            h: usize,
+            w: usize,
+        ) -> Result<Vec<u8>, Infallible> {
+            assert_eq!(slices.len(), n * h * w);
+            self.largest_batch = self.largest_batch.max(n);
+            Ok(slices.iter().map(|v| v.round() as u8).collect())
+        }
+    }
+
+    fn nearest<T: Copy>(slice: &[T], (h, w): Size, (to_h, to_w): Size) -> Vec<T> {
+        (0..to_h * to_w).map(|i| slice[(i / to_w * h / to_h) * w + (i % to_w) * w / to_w]).collect()
+    }
+
+    const ZOOM: Zoom<'static> =
+        Zoom { image: &|s, a, b| nearest(s, a, b), label: &|s, a, b| nearest(s, a, b) };
+
+    fn settings(batch: usize) -> EvalSettings {
+        EvalSettings {
+            patch: (8, 8),
+            classes: 3,
+            batch,
+            unit: DistanceUnit::Voxel,
+            policy: EmptyPolicy::Zero,
+        }
+    }
+
+    #[test]
+    fn a_perfect_model_scores_one_whatever_the_batch() {
+        let label: Vec<u8> = (0..5 * 4 * 4).map(|i| (i / 7 % 3) as u8).collect();
+        let image: Vec<f32> = label.iter().map(|l| f32::from(*l)).collect();
+        let volume = Volume {
+            case: "a",
+            image: &image,
+            label: &label,
+            shape: [5, 4, 4],
+            spacing_mm: [10.0, 1.25, 1.25],
+        };
+        for batch in [1, 2, 100] {
+            let mut model = Rounds { largest_batch: 0 };
+            let scores = evaluate_volume(&mut model, volume, &settings(batch), ZOOM).unwrap();
+            assert_eq!(scores.classes.len(), 2);
+            assert!(scores.classes.iter().all(|c| c.dice == Some(1.0) && c.hd95 == Some(0.0)));
+            assert_eq!(model.largest_batch, batch.min(5));
+        }
+    }
+
+    #[test]
+    fn millimetres_come_from_the_file() {
+        let mut label = vec![0_u8; 2 * 4 * 4];
+        let mut predicted = label.clone();
+        label[0] = 1;
+        predicted[16] = 1; // one slice further
+        let volume = Volume {
+            case: "a",
+            image: &[],
+            label: &label,
+            shape: [2, 4, 4],
+            spacing_mm: [10.0, 1.25, 1.25],
+        };
+        let in_mm = EvalSettings { unit: DistanceUnit::Mm, ..settings(1) };
+        for (settings, asd) in [(settings(1), 1.0), (in_mm, 10.0)] {
+            let scores = score_labels::<Infallible>(&predicted, volume, &settings).unwrap();
+            assert_eq!(scores.classes[0].asd, Some(asd));
+        }
+    }
+
+    #[test]
+    fn a_short_image_is_refused_by_name() {
+        let mut model = Rounds { largest_batch: 0 };
+        let error = segment_volume(&mut model, "p7", &[0.0; 15], [1, 4, 4], &settings(1), ZOOM);
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "case p7: image should have 16 elements, has 15"
+        );
+    }
+}

@@ -90,10 +90,11 @@ pub fn draw(title: &str, curves: &[Curve], scale: Scale) -> Result<Picture, Repo
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
         let drawn = match scale {
             _ if curves.is_empty() => nothing(&root),
-            Scale::Unit => lines(&root, &curves, 0.0..1.0),
+            Scale::Unit => lines(&root, &curves, 0.0..1.0, SeriesLabelPosition::LowerRight),
             Scale::Logarithmic => {
                 let (low, high) = range(&curves);
-                lines(&root, &curves, (low * 0.8..high * 1.25).log_scale())
+                let heights = (low * 0.8..high * 1.25).log_scale();
+                lines(&root, &curves, heights, SeriesLabelPosition::UpperRight)
             }
         };
         drawn.and_then(|()| root.present().map_err(plotting))?;
@@ -122,6 +123,7 @@ fn lines<Y>(
     root: &Area<'_>,
     curves: &[Curve],
     y_range: impl AsRangedCoord<CoordDescType = Y, Value = f64>,
+    legend: SeriesLabelPosition, // where curves of this kind rarely are: Dice rises, losses fall
 ) -> Result<(), ReportError>
 where
     Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
@@ -158,7 +160,7 @@ where
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(legend)
         .label_font(label)
         .border_style(TRANSPARENT)
         .draw()

@@ -2,6 +2,8 @@
 //!
 //! The file is read from `CPCR_GOLDEN_DIR` if that is set, else from `tests/golden`.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests: clippy only spares the tests
+
 use std::path::PathBuf;
 
 use cpcr::eval::{EmptyPolicy, score_masks};

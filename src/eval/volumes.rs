@@ -30,13 +30,16 @@ pub trait Segmenter {
     ) -> Result<Vec<u8>, Self::Error>;
 }
 
+/// Zooms one slice `[h, w]` from the first size to the second.
+pub type ZoomFn<'a, T> = dyn Fn(&[T], Size, Size) -> Vec<T> + 'a;
+
 /// Nearest-neighbour zoom of one slice `[h, w]`, on the sampling grid of `scipy.ndimage.zoom`.
 #[derive(Clone, Copy)]
 pub struct Zoom<'a> {
-    /// Zooms intensities from the first size to the second.
-    pub image: &'a dyn Fn(&[f32], Size, Size) -> Vec<f32>,
-    /// Zooms labels from the first size to the second.
-    pub label: &'a dyn Fn(&[u8], Size, Size) -> Vec<u8>,
+    /// Zooms intensities.
+    pub image: &'a ZoomFn<'a, f32>,
+    /// Zooms labels.
+    pub label: &'a ZoomFn<'a, u8>,
 }
 
 /// What distances are counted in.

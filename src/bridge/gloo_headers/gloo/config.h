@@ -1,0 +1,2 @@
+// Declared for the layout of c10d::ProcessGroupGloo only; see ../README.md.
+#pragma once

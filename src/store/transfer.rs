@@ -7,7 +7,8 @@
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use object_store::path::Path;
 use object_store::{
     GetOptions, GetRange, MultipartUpload, ObjectStoreExt, PutMultipartOptions, PutPayload,
@@ -54,17 +55,18 @@ impl Store {
             path: path.to_owned(),
             detail,
         };
-        let requests = pieces(size).map(|range| {
+        let mut requests: Vec<BoxFuture<'_, Result<Bytes, StoreError>>> = Vec::new();
+        for range in pieces(size) {
             // The same object for every piece, even if someone overwrites it meanwhile.
             let options = GetOptions {
                 range: Some(GetRange::Bounded(range)),
                 if_match: e_tag.clone(),
                 ..GetOptions::default()
             };
-            self.bounded("read", path, async move {
-                self.shared.engine.get_opts(location, options).await?.bytes().await
-            })
-        });
+            let piece =
+                async move { self.shared.engine.get_opts(location, options).await?.bytes().await };
+            requests.push(self.bounded("read", path, piece).boxed());
+        }
         let whole = stream::iter(requests)
             .buffered(PIECES_CONCURRENT)
             .try_fold(BytesMut::new(), |mut whole, piece| async move {
@@ -109,15 +111,13 @@ impl Store {
         upload: &mut dyn MultipartUpload,
         bytes: &Bytes,
     ) -> Result<(), StoreError> {
-        let parts: Vec<_> = pieces(bytes.len() as u64)
-            .map(|range| {
-                upload.put_part(bytes.slice(range.start as usize..range.end as usize).into())
-            })
-            .collect();
-        stream::iter(parts.into_iter().map(|part| self.bounded("write", path, part)))
-            .buffer_unordered(PIECES_CONCURRENT)
-            .try_collect::<Vec<()>>()
-            .await?;
+        let mut parts: Vec<BoxFuture<'_, Result<(), StoreError>>> = Vec::new();
+        for range in pieces(bytes.len() as u64) {
+            let part =
+                upload.put_part(bytes.slice(range.start as usize..range.end as usize).into());
+            parts.push(self.bounded("write", path, part).boxed());
+        }
+        stream::iter(parts).buffer_unordered(PIECES_CONCURRENT).try_collect::<Vec<()>>().await?;
         self.bounded("write", path, upload.complete()).await.map(drop)
     }
 }

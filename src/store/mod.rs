@@ -1,1 +1,27 @@
-//! (being written)
+//! Object storage behind one small interface: where datasets, runs and checkpoints live.
+//!
+//! [`Store`] is a cheap clone over `object_store` for `s3://`, `gs://`, `az://`, `file:///`,
+//! `memory:///` and plain paths. It adds what the rest of this crate relies on and the engine
+//! leaves open: create-if-absent that recognises its own retried write, reads verified against a
+//! digest, one bounded deadline for everything, and errors that say what to do next.
+//!
+//! What it is not: a cache, a file system, or a place for formats. Nothing here knows what the
+//! bytes mean.
+
+mod backend;
+mod error;
+mod faulty;
+mod options;
+mod s3_keyed;
+mod s3_server;
+#[allow(clippy::module_inception)]
+mod store;
+mod transfer;
+mod unique;
+
+pub use error::StoreError;
+pub use faulty::{Fault, FaultyStore};
+pub use options::{MissingFolder, StoreOptions};
+pub use s3_server::{S3Server, S3ServerError, S3ServerOptions, serve};
+pub use store::{Created, ObjectInfo, Store};
+pub use unique::unique_id;

@@ -1,0 +1,271 @@
+//! Writing checkpoints beside training: a thread with a queue of one.
+//!
+//! [`Writer`] is used from the training thread, which is no async task: `submit` hands over host
+//! copies and returns; `flush` waits. The protocol is [`write()`]: objects under a fresh attempt, all
+//! acknowledged, then one created manifest. A crash anywhere leaves either no manifest or a whole
+//! checkpoint.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+
+use super::error::CheckpointError;
+use super::host_tensor::{NamedTensors, encode_tensors};
+use super::manifest::{
+    FORMAT, MODEL_FILE, Manifest, OPTIMIZER_FILE, ObjectEntry, Position, STATE_FILE, TrainState,
+    manifest_path, step_folder,
+};
+use super::reader::{read_manifest, verify};
+use super::retention::{Retention, retain};
+use crate::store::{Created, Store, unique_id};
+use crate::types::{ObjectDigest, Step, WorldSize};
+
+/// Outcomes kept for a flush that may never come.
+const OUTCOMES_MAX: usize = 16;
+
+/// One state of training, copied out of the tensors that go on changing.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Optimiser steps done.
+    pub step: Step,
+    /// Trainers that took the last one.
+    pub world_size: WorldSize,
+    /// Threads per trainer.
+    pub threads: u32,
+    /// Where the streams stand.
+    pub position: Position,
+    /// The network's parameters and buffers.
+    pub model: NamedTensors,
+    /// The optimiser's state.
+    pub optimizer: NamedTensors,
+    /// Everything else.
+    pub state: TrainState,
+    /// The best step so far, which retention keeps.
+    pub best: Option<Step>,
+}
+
+/// What every checkpoint of a run says about the run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunIdentity {
+    /// SHA-256 of the resolved configuration.
+    pub config_sha256: String,
+    /// SHA-256 of the dataset's manifest.
+    pub dataset_sha256: String,
+}
+
+/// How a [`Writer`] writes.
+#[derive(Debug, Clone)]
+pub struct WriterOptions {
+    /// Recorded in every manifest.
+    pub identity: RunIdentity,
+    /// Applied after every checkpoint; `None` keeps all.
+    pub retention: Option<Retention>,
+}
+
+/// What became of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is the checkpoint of its step.
+    Written(Manifest),
+    /// The step has a whole checkpoint already, which stays.
+    AlreadyThere(Manifest),
+}
+
+/// Writes one checkpoint and returns once it is committed.
+pub async fn write(
+    run: &Store,
+    identity: &RunIdentity,
+    snapshot: &Snapshot,
+) -> Result<Outcome, CheckpointError> {
+    let step = snapshot.step;
+    let files = encode(snapshot)?;
+    let manifest = manifest_of(identity, snapshot, unique_id(), &files);
+    let sealed = manifest.encode()?;
+    let folder = manifest.attempt_folder();
+    let uploads = files.into_iter().map(|(name, bytes)| {
+        let path = format!("{folder}/{name}");
+        async move { run.put(&path, bytes).await }
+    });
+    futures::future::try_join_all(uploads).await?;
+    let path = manifest_path(step);
+    if run.create(&path, sealed.clone()).await? == Created::New {
+        return Ok(Outcome::Written(manifest));
+    }
+    // Somebody committed this step before: an earlier life of this run, or a writer that was
+    // given up too early. A whole checkpoint stays; a damaged one gives way, once.
+    let existing = async {
+        let existing = read_manifest(run, step).await?;
+        verify(run, &existing).await?;
+        Ok(existing)
+    };
+    match existing.await {
+        Ok(existing) => {
+            run.delete_prefix(&folder).await?;
+            return Ok(Outcome::AlreadyThere(existing));
+        }
+        Err(error @ (CheckpointError::Damaged { .. } | CheckpointError::Missing { .. })) => {
+            tracing::warn!(run = %run, %error, "replacing it");
+            run.delete(&path).await?;
+        }
+        Err(error) => return Err(error),
+    }
+    match run.create(&path, sealed).await? {
+        Created::New => Ok(Outcome::Written(manifest)),
+        Created::Exists => Err(CheckpointError::Damaged {
+            step,
+            detail: format!("{path} is being written by someone else at the same time"),
+        }),
+    }
+}
+
+/// The three files, in the manifest's order.
+fn encode(snapshot: &Snapshot) -> Result<Vec<(&'static str, Bytes)>, CheckpointError> {
+    let invalid = |name: &str, error: String| CheckpointError::Invalid {
+        step: snapshot.step,
+        detail: format!("{name}: {error}"),
+    };
+    let tensors = |name: &'static str, tensors: &NamedTensors| {
+        encode_tensors(tensors).map_err(|e| invalid(name, e.to_string()))
+    };
+    let state = serde_json::to_vec_pretty(&snapshot.state)
+        .map_err(|e| invalid(STATE_FILE, e.to_string()))?;
+    Ok(vec![
+        (MODEL_FILE, tensors(MODEL_FILE, &snapshot.model)?),
+        (OPTIMIZER_FILE, tensors(OPTIMIZER_FILE, &snapshot.optimizer)?),
+        (STATE_FILE, Bytes::from(state)),
+    ])
+}
+
+fn manifest_of(
+    identity: &RunIdentity,
+    snapshot: &Snapshot,
+    attempt: String,
+    files: &[(&'static str, Bytes)],
+) -> Manifest {
+    let folder = format!("{}/{attempt}", step_folder(snapshot.step));
+    let objects: BTreeMap<_, _> = files
+        .iter()
+        .map(|(name, bytes)| {
+            let path = format!("{folder}/{name}");
+            ((*name).to_owned(), ObjectEntry { path, digest: ObjectDigest::of(bytes) })
+        })
+        .collect();
+    Manifest {
+        format: FORMAT,
+        step: snapshot.step,
+        attempt,
+        world_size: snapshot.world_size,
+        threads: snapshot.threads,
+        position: snapshot.position,
+        config_sha256: identity.config_sha256.clone(),
+        dataset_sha256: identity.dataset_sha256.clone(),
+        objects,
+    }
+}
+
+/// Writes snapshots in the order in which they were submitted, on a thread of its own.
+#[derive(Debug)]
+pub struct Writer {
+    orders: Option<SyncSender<Order>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Order {
+    Write(Box<Snapshot>),
+    Flush(SyncSender<Result<Vec<Outcome>, CheckpointError>>),
+}
+
+impl Writer {
+    /// Starts the thread. Its I/O runs on `runtime`, which must outlive the writer.
+    pub fn start(runtime: Handle, run: Store, options: WriterOptions) -> std::io::Result<Self> {
+        // One waits while one is being written: memory for at most three copies of the state.
+        let (orders, queue) = sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("checkpoint-writer".to_owned())
+            .spawn(move || serve(&runtime, &run, &options, &queue))?;
+        Ok(Self { orders: Some(orders), thread: Some(thread) })
+    }
+
+    /// Hands over a snapshot; waits only while another is waiting already.
+    ///
+    /// An error of its writing is returned by the next [`Writer::flush`], and logged at once.
+    pub fn submit(&self, snapshot: Snapshot) -> Result<(), CheckpointError> {
+        self.order(Order::Write(Box::new(snapshot)))
+    }
+
+    /// Waits until everything submitted is committed: what became of it since the last flush, newest
+    /// first (the last few), or
+    /// the first error since then.
+    ///
+    /// The wait is bounded by the store's own deadlines.
+    pub fn flush(&self) -> Result<Vec<Outcome>, CheckpointError> {
+        let (reply, answer) = sync_channel(1);
+        self.order(Order::Flush(reply))?;
+        answer.recv().map_err(|_| CheckpointError::WriterStopped)?
+    }
+
+    fn order(&self, order: Order) -> Result<(), CheckpointError> {
+        let orders = self.orders.as_ref().ok_or(CheckpointError::WriterStopped)?;
+        orders.send(order).map_err(|_| CheckpointError::WriterStopped)
+    }
+}
+
+impl Drop for Writer {
+    /// Lets what was submitted be written: a clean exit must not lose the last checkpoint.
+    fn drop(&mut self) {
+        self.orders = None;
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the checkpoint writer panicked");
+        }
+    }
+}
+
+/// The writer's thread, until the last sender is gone.
+fn serve(runtime: &Handle, run: &Store, options: &WriterOptions, queue: &Receiver<Order>) {
+    let mut since_flush: Result<Vec<Outcome>, CheckpointError> = Ok(Vec::new());
+    for order in queue {
+        match order {
+            Order::Write(snapshot) => {
+                let result = runtime.block_on(write_and_retain(run, options, &snapshot));
+                match result {
+                    Ok(outcome) => {
+                        if let Ok(outcomes) = &mut since_flush {
+                            outcomes.truncate(OUTCOMES_MAX - 1);
+                            outcomes.insert(0, outcome);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::error!(run = %run, step = %snapshot.step, %error, "checkpoint not written");
+                        if since_flush.is_ok() {
+                            since_flush = Err(error);
+                        }
+                    }
+                }
+            }
+            Order::Flush(reply) => {
+                let report = std::mem::replace(&mut since_flush, Ok(Vec::new()));
+                if reply.send(report).is_err() {
+                    tracing::debug!("nobody waits for this flush any more");
+                }
+            }
+        }
+    }
+}
+
+async fn write_and_retain(
+    run: &Store,
+    options: &WriterOptions,
+    snapshot: &Snapshot,
+) -> Result<Outcome, CheckpointError> {
+    let outcome = write(run, &options.identity, snapshot).await?;
+    if let Some(retention) = options.retention
+        && let Err(error) = retain(run, retention, snapshot.best).await
+    {
+        // The checkpoint is there; old ones are cleared after the next.
+        tracing::warn!(run = %run, %error, "old checkpoints were not removed");
+    }
+    Ok(outcome)
+}

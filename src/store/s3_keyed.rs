@@ -1,0 +1,225 @@
+//! s3s-fs, with writes to one key taken one after the other.
+//!
+//! s3s-fs looks whether an object exists and then writes it, so two `If-None-Match: *` requests
+//! at once can both be told that they made it. Everything this crate commits rests on exactly one
+//! being told so; hence [`KeyedFs`]: all that changes a key holds that key's lock. It also makes a
+//! bucket when something is first put there. It is no second S3 implementation: every other call
+//! goes straight through.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use s3s::dto::*;
+use s3s::{S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
+use s3s_fs::FileSystem;
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::timeout;
+
+use super::error::chain;
+
+/// Longest that a write may wait for its key, and then hold it: a client that stalls in the
+/// middle of its body must not keep the name.
+const WRITE_S_MAX: Duration = Duration::from_secs(120);
+
+/// What `#[async_trait]`, which the S3 trait is written in, makes of an `async fn`.
+type Reply<'a, T> = Pin<Box<dyn Future<Output = S3Result<S3Response<T>>> + Send + 'a>>;
+
+/// One lock for each key being written right now; as many as there are requests, which the
+/// server bounds.
+#[derive(Debug, Default)]
+struct KeyLocks(Arc<Mutex<Table>>);
+
+type Table = HashMap<(String, String), Arc<tokio::sync::Mutex<()>>>;
+
+/// A held key. The guard goes before the ticket, which then finds the lock unused.
+struct Held {
+    _guard: OwnedMutexGuard<()>,
+    _ticket: Ticket,
+}
+
+/// Keeps a key's lock in the table while somebody holds it or waits for it.
+struct Ticket {
+    table: Arc<Mutex<Table>>,
+    key: (String, String),
+    lock: Option<Arc<tokio::sync::Mutex<()>>>,
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lock = None;
+        if table.get(&self.key).is_some_and(|lock| Arc::strong_count(lock) == 1) {
+            table.remove(&self.key);
+        }
+    }
+}
+
+impl KeyLocks {
+    async fn hold(&self, bucket: &str, key: &str) -> Held {
+        let key = (bucket.to_owned(), key.to_owned());
+        let lock = {
+            let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(table.entry(key.clone()).or_default())
+        };
+        // Made before the wait: a request that is cancelled in it must clean up too.
+        let ticket = Ticket { table: Arc::clone(&self.0), key, lock: Some(Arc::clone(&lock)) };
+        Held { _guard: lock.lock_owned().await, _ticket: ticket }
+    }
+}
+
+/// The file system that the embedded server serves.
+#[derive(Debug)]
+pub(super) struct KeyedFs {
+    inner: FileSystem,
+    root: PathBuf,
+    locks: Option<KeyLocks>,
+}
+
+impl KeyedFs {
+    /// Serves `root`. Without `exclusive_creates` it is plain s3s-fs, for the test that shows why.
+    pub(super) fn new(root: PathBuf, exclusive_creates: bool) -> Result<Self, s3s_fs::Error> {
+        let inner = FileSystem::new(&root)?;
+        Ok(Self { inner, root, locks: exclusive_creates.then(KeyLocks::default) })
+    }
+
+    /// Makes the bucket if it is missing; s3s has checked the name (no slash, no leading dot).
+    async fn ensure_bucket(&self, bucket: &str) -> S3Result<()> {
+        let made = tokio::fs::create_dir_all(self.root.join(bucket)).await;
+        made.map_err(|error| storage_error(S3Error::internal_error(error)))
+    }
+
+    /// Does `work` while holding the key, within the bound.
+    async fn exclusively<T>(
+        &self,
+        bucket: String,
+        key: String,
+        work: impl Future<Output = S3Result<T>>,
+    ) -> S3Result<T> {
+        let held = async {
+            let _held = match &self.locks {
+                Some(locks) => Some(locks.hold(&bucket, &key).await),
+                None => None,
+            };
+            work.await.map_err(storage_error)
+        };
+        match timeout(WRITE_S_MAX, held).await {
+            Ok(result) => result,
+            Err(_) => Err(s3_error!(RequestTimeout, "the write took too long")),
+        }
+    }
+}
+
+/// A full disk said so that the client does not retry it as a server error.
+fn storage_error(error: S3Error) -> S3Error {
+    let full = |kind: io::ErrorKind| {
+        matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    };
+    let is_full = chain(&error)
+        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|e| full(e.kind())));
+    if !is_full {
+        return error;
+    }
+    let code = S3ErrorCode::Custom("StorageFull".into());
+    let mut answer = S3Error::with_message(code, "the disk behind this server is full");
+    answer.set_status_code(tonic::codegen::http::StatusCode::BAD_REQUEST);
+    answer
+}
+
+macro_rules! straight_through {
+    ($($name:ident($input:ty) -> $output:ty;)*) => {
+        $(
+            fn $name<'s, 'a>(&'s self, req: S3Request<$input>) -> Reply<'a, $output>
+            where
+                's: 'a,
+            {
+                self.inner.$name(req)
+            }
+        )*
+    };
+}
+
+/// Calls that change a key: its lock is held, and its bucket exists.
+macro_rules! one_at_a_time {
+    ($($name:ident($input:ty) -> $output:ty;)*) => {
+        $(
+            fn $name<'s, 'a>(&'s self, req: S3Request<$input>) -> Reply<'a, $output>
+            where
+                's: 'a,
+            {
+                Box::pin(async move {
+                    self.ensure_bucket(&req.input.bucket).await?;
+                    let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
+                    self.exclusively(bucket, key, self.inner.$name(req)).await
+                })
+            }
+        )*
+    };
+}
+
+/// Calls about a bucket, which exists as soon as anybody asks.
+macro_rules! in_a_bucket {
+    ($($name:ident($input:ty) -> $output:ty;)*) => {
+        $(
+            fn $name<'s, 'a>(&'s self, req: S3Request<$input>) -> Reply<'a, $output>
+            where
+                's: 'a,
+            {
+                Box::pin(async move {
+                    self.ensure_bucket(&req.input.bucket).await?;
+                    self.inner.$name(req).await.map_err(storage_error)
+                })
+            }
+        )*
+    };
+}
+
+impl S3 for KeyedFs {
+    one_at_a_time! {
+        put_object(PutObjectInput) -> PutObjectOutput;
+        copy_object(CopyObjectInput) -> CopyObjectOutput;
+        delete_object(DeleteObjectInput) -> DeleteObjectOutput;
+        complete_multipart_upload(CompleteMultipartUploadInput) -> CompleteMultipartUploadOutput;
+    }
+
+    in_a_bucket! {
+        head_bucket(HeadBucketInput) -> HeadBucketOutput;
+        get_bucket_location(GetBucketLocationInput) -> GetBucketLocationOutput;
+        list_objects(ListObjectsInput) -> ListObjectsOutput;
+        list_objects_v2(ListObjectsV2Input) -> ListObjectsV2Output;
+        create_multipart_upload(CreateMultipartUploadInput) -> CreateMultipartUploadOutput;
+        upload_part(UploadPartInput) -> UploadPartOutput;
+    }
+
+    straight_through! {
+        create_bucket(CreateBucketInput) -> CreateBucketOutput;
+        delete_bucket(DeleteBucketInput) -> DeleteBucketOutput;
+        list_buckets(ListBucketsInput) -> ListBucketsOutput;
+        get_object(GetObjectInput) -> GetObjectOutput;
+        head_object(HeadObjectInput) -> HeadObjectOutput;
+        delete_objects(DeleteObjectsInput) -> DeleteObjectsOutput;
+        upload_part_copy(UploadPartCopyInput) -> UploadPartCopyOutput;
+        list_parts(ListPartsInput) -> ListPartsOutput;
+        abort_multipart_upload(AbortMultipartUploadInput) -> AbortMultipartUploadOutput;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_table_empties_when_nobody_holds_a_key() {
+        let locks = KeyLocks::default();
+        let first = locks.hold("b", "k").await;
+        let waiting = timeout(Duration::from_millis(20), locks.hold("b", "k")).await;
+        assert!(waiting.is_err(), "two held one key");
+        let other = locks.hold("b", "other").await;
+        drop((first, other));
+        assert!(locks.0.lock().unwrap().is_empty());
+    }
+}

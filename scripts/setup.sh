@@ -184,7 +184,8 @@ finish() {
 }
 
 # Settings of the user's own that contradict --target are switched off; index and certificate settings stay.
-run_pip() { TMPDIR="$tmp" PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "${pip[@]}" "$@"; }
+# The lock is closed for pip: when this script is killed, a pip left behind must not make the next one wait.
+run_pip() { TMPDIR="$tmp" PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "${pip[@]}" "$@" {lock_fd}>&-; }
 
 fetch() { # LOCK TARGET: wheels for CPython 3.12, whatever python3 here is: only their C++ parts are used
     local platform platforms=()

@@ -11,8 +11,8 @@ readonly TORCH_VERSION=2.11.0
 readonly RUST_MINOR_MIN=92       # rust-version in Cargo.toml
 readonly DRIVER_MAJOR_MIN=580    # CUDA 13
 readonly COMPUTE_CAP_MIN=75      # CUDA 13: 7.5, Turing
-# Peak disk use while installing, measured and rounded up, in MB: wheels and their unpacked files together.
-readonly -A NEED_MB=([cpu]=2300 [cuda]=9000 [headers]=2500 [peers]=400 [peers_torch]=9500)
+# Disk use while installing, in MB: the wheels and their unpacked files together, rounded up.
+readonly -A NEED_MB=([cpu]=2300 [cuda]=7500 [headers]=2500 [peers]=400 [peers_torch]=8000)
 
 usage() {
     cat <<'USAGE'

@@ -11,19 +11,19 @@ readonly TORCH_VERSION=2.11.0
 readonly RUST_MINOR_MIN=92       # rust-version in Cargo.toml
 readonly DRIVER_MAJOR_MIN=580    # CUDA 13
 readonly COMPUTE_CAP_MIN=75      # CUDA 13: 7.5, Turing
-# Peak disk use while installing, measured and rounded up, in MB: wheels and their unpacked files together.
-readonly -A NEED_MB=([cpu]=2300 [cuda]=9000 [headers]=2500 [peers]=400 [peers_torch]=9500)
+# Disk use while installing, in MB: the wheels and their unpacked files together, rounded up; CPU computed, the others estimated.
+readonly -A NEED_MB=([cpu]=2300 [cuda]=7500 [headers]=2500 [peers]=400 [peers_torch]=8000)
 
 usage() {
     cat <<'USAGE'
 usage: scripts/setup.sh [--cpu | --cuda] [--nccl-headers] [--peers] [--peers-torch] [--quiet]
 
   --cpu           the three wheels that a machine without an NVIDIA GPU needs (0.6 GB to download)
-  --cuda          all CUDA 13 libraries (2.5 GB to download); the default where an NVIDIA driver is found
+  --cuda          all CUDA 13 libraries (3.8 GB on disk); the default where an NVIDIA driver is found
   --nccl-headers  with --cpu: also the CUDA and NCCL headers, to compile (not run) the NCCL bridge
   --peers         a Python environment for tests that talk to other people's software (moto, numpy);
                   the last line printed is its python
-  --peers-torch   the same with PyTorch (4.7 GB; to compare against it); implies --peers
+  --peers-torch   the same with PyTorch and its CUDA libraries (some GB; to compare against it); implies --peers
   --quiet         say nothing unless something is fetched or wrong
 
 CPCR_CACHE   where downloads are kept (default: $XDG_CACHE_HOME/cpcr or ~/.cache/cpcr)
@@ -184,7 +184,8 @@ finish() {
 }
 
 # Settings of the user's own that contradict --target are switched off; index and certificate settings stay.
-run_pip() { TMPDIR="$tmp" PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "${pip[@]}" "$@"; }
+# The lock is closed for pip: when this script is killed, a pip left behind must not make the next one wait.
+run_pip() { TMPDIR="$tmp" PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "${pip[@]}" "$@" {lock_fd}>&-; }
 
 fetch() { # LOCK TARGET: wheels for CPython 3.12, whatever python3 here is: only their C++ parts are used
     local platform platforms=()

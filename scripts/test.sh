@@ -37,7 +37,13 @@ fi
 scripts/test-setup.sh
 
 step kubernetes manifests
-"$(scripts/setup.sh --quiet --peers | tail -1)" scripts/test-k8s.py
+status=0
+python=$(scripts/setup.sh --quiet --peers) || status=$?
+case "$status" in
+    0) "$python" scripts/test-k8s.py ;;
+    2) skipped+=("kubernetes manifests: the Python that reads YAML cannot be had here (the line is above)") ;;
+    *) exit "$status" ;;
+esac
 
 step dependency rules
 if [ "${CPCR_SKIP_DENY:-0}" = 1 ]; then
@@ -48,6 +54,7 @@ else
         command -v cargo-deny >/dev/null ||
             env -u CARGO_TARGET_DIR cargo install --quiet --locked --root "$cache/cargo-deny-$DENY_VERSION" "cargo-deny@$DENY_VERSION"
     fi
+    cargo fetch --quiet --locked --target x86_64-unknown-linux-gnu
     cargo deny --offline check bans licenses sources
 fi
 

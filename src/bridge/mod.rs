@@ -2,4 +2,6 @@
 //!
 //! Not an interface: `collective`, `model` and `trainer` give these pieces their meaning.
 
+pub mod alloc;
 pub(crate) mod c10d;
+pub mod ops;

@@ -1,1 +1,34 @@
-//! (being written)
+//! The losses: Dice, distillation, entropy, focal, the ramp-up, and the CPCR objective over them.
+//!
+//! Each formula stands here in plain tensor operations; on the CPU the objective takes the fused
+//! kernels of `bridge::ops` instead, and tests hold the two against each other. Knows nothing of
+//! processes: sums over ranks are a trait, global counts a struct.
+
+mod cpcr;
+pub mod dice;
+pub mod distill;
+pub mod entropy;
+pub mod focal;
+pub mod rampup;
+
+pub use cpcr::{Alone, Counts, Objective, Path, Preset, StepLoss, TERMS, TermWeights};
+
+use crate::bridge::ops::OpError;
+
+/// Why a loss cannot be computed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LossError {
+    /// A libtorch call failed.
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+    /// A call of the bridge failed.
+    #[error(transparent)]
+    Op(#[from] OpError),
+    /// Inputs that do not belong together.
+    #[error("{0}")]
+    Input(String),
+    /// A sum over ranks failed.
+    #[error("sum over ranks: {0}")]
+    Ranks(String),
+}

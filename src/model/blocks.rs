@@ -1,0 +1,340 @@
+//! The blocks a U-shaped network is made of: convolution, batch norm with activation and
+//! dropout, the convolution block, the four ways up.
+//!
+//! They hold handles to tensors of [`Params`]. In training a block reads its running statistics
+//! and writes new ones into a [`Statistics`], which the trainer commits with the step.
+
+use std::sync::Arc;
+
+use tch::{Kind, Tensor};
+
+use super::ModelError;
+use super::params::{Params, Role};
+use super::perturb::{self, Dropout};
+use crate::bridge::ops::{self, SumOverRanks};
+
+/// Slope of the leaky ReLU below zero, epsilon and momentum of batch norm: PyTorch's defaults.
+const SLOPE: f64 = 0.01;
+const EPS: f64 = 1e-5;
+const MOMENTUM: f64 = 0.1;
+
+/// Memory order of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Layout {
+    /// NCHW strides, PyTorch's default.
+    Planar,
+    /// NHWC strides: what oneDNN and the fused kernels are fast on.
+    #[default]
+    ChannelsLast,
+}
+
+/// Arithmetic of activations and convolutions; parameters are float32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// float32.
+    #[default]
+    F32,
+    /// bfloat16 activations and weights, float32 statistics, losses and updates.
+    Bf16,
+}
+
+impl Precision {
+    fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+        }
+    }
+}
+
+/// How a decoder brings a feature to twice its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpMode {
+    /// ConvTranspose2d, kernel and stride 2.
+    Transposed,
+    /// Conv1x1, then bilinear with aligned corners.
+    Bilinear,
+    /// Conv1x1, then nearest neighbour.
+    Nearest,
+    /// Conv1x1, then bicubic with aligned corners.
+    Bicubic,
+}
+
+#[derive(Debug)]
+struct Update {
+    buffers: [Tensor; 2],
+    values: [Tensor; 2],
+    counter: Tensor,
+}
+
+/// New running statistics of one training forward pass, not yet in force.
+#[derive(Debug, Default)]
+pub struct Statistics(Vec<Update>);
+
+impl Statistics {
+    /// Puts the statistics in force: once, when the step they belong to has been applied.
+    ///
+    /// # Errors
+    /// Where libtorch fails.
+    pub fn commit(self) -> Result<(), ModelError> {
+        tch::no_grad(|| {
+            for update in self.0 {
+                for (mut buffer, value) in update.buffers.into_iter().zip(&update.values) {
+                    buffer.f_copy_(value)?;
+                }
+                let mut counter = update.counter;
+                let _same = counter.f_add_scalar_(1)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What a training pass carries from block to block.
+pub(super) struct Training<'a> {
+    pub(super) dropout: Dropout,
+    pub(super) sync: Option<&'a Arc<dyn SumOverRanks>>,
+    pub(super) statistics: Statistics,
+    /// Counts the places where dropout draws, so that each has a key of its own.
+    pub(super) place: u64,
+}
+
+impl Training<'_> {
+    /// The key of the next place.
+    pub(super) fn next_key(&mut self) -> Option<u64> {
+        self.place += 1;
+        self.dropout.at(self.place)
+    }
+}
+
+/// A pass is for training, with its state, or for evaluation.
+pub(super) enum Mode<'m, 't> {
+    Train(&'m mut Training<'t>),
+    Eval,
+}
+
+/// A convolution with bias, stride 1, same size.
+#[derive(Debug)]
+pub(super) struct Conv {
+    weight: Tensor,
+    bias: Tensor,
+    pad: i64,
+}
+
+impl Conv {
+    pub(super) fn new(
+        params: &mut Params,
+        name: &str,
+        [input, output, kernel]: [i64; 3],
+    ) -> Result<Self, ModelError> {
+        let fan_in = input * kernel * kernel;
+        let weight =
+            params.uniform(format!("{name}.weight"), &[output, input, kernel, kernel], fan_in)?;
+        let bias = params.uniform(format!("{name}.bias"), &[output], fan_in)?;
+        Ok(Self { weight, bias, pad: kernel / 2 })
+    }
+
+    /// `[N, input, H, W] -> [N, output, H, W]`
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        let kind = x.f_kind()?;
+        let (w, b) = (self.weight.f_to_kind(kind)?, self.bias.f_to_kind(kind)?);
+        Ok(x.f_conv2d(&w, Some(&b), [1i64, 1], [self.pad, self.pad], [1i64, 1], 1)?)
+    }
+}
+
+/// Batch norm, leaky ReLU, dropout.
+#[derive(Debug)]
+struct NormAct {
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    counter: Tensor,
+}
+
+impl NormAct {
+    fn new(params: &mut Params, name: &str, channels: i64) -> Result<Self, ModelError> {
+        let mut vector = |what: &str, value: f64, role: Role| {
+            params.constant(format!("{name}.{what}"), channels, value, role)
+        };
+        Ok(Self {
+            weight: vector("weight", 1.0, Role::Parameter)?,
+            bias: vector("bias", 0.0, Role::Parameter)?,
+            mean: vector("running_mean", 0.0, Role::Buffer)?,
+            var: vector("running_var", 1.0, Role::Buffer)?,
+            counter: params.counter(format!("{name}.num_batches_tracked"))?,
+        })
+    }
+
+    /// `[N, C, H, W]` to the same.
+    fn forward(&self, x: &Tensor, dropout: f64, mode: &mut Mode) -> Result<Tensor, ModelError> {
+        let Mode::Train(training) = mode else {
+            let (mean, var) = (self.mean.shallow_clone(), self.var.shallow_clone());
+            return Ok(self.plain(x, &mean, &var, false)?.f_leaky_relu_()?);
+        };
+        let key = if dropout > 0.0 { training.next_key() } else { None };
+        let (mean, var) = (copy_of(&self.mean)?, copy_of(&self.var)?);
+        let fused = x.device() == tch::Device::Cpu && ops::is_channels_last(x)?;
+        let y = if fused {
+            let args = ops::NormAct {
+                weight: &self.weight,
+                bias: &self.bias,
+                running_mean: &mean,
+                running_var: &var,
+                momentum: MOMENTUM,
+                eps: EPS,
+                slope: SLOPE,
+                dropout: if key.is_some() { dropout } else { 0.0 },
+                key: key.unwrap_or(0),
+                sync: training.sync.cloned(),
+            };
+            ops::norm_act(x, &args)?
+        } else if training.sync.is_some() {
+            let what = "synchronised batch norm wants channels-last tensors on the CPU";
+            return Err(ModelError::Input(what.into()));
+        } else {
+            let y = self.plain(x, &mean, &var, true)?.f_leaky_relu_()?;
+            perturb::dropout(&y, dropout, key)?
+        };
+        training.statistics.0.push(Update {
+            buffers: [self.mean.shallow_clone(), self.var.shallow_clone()],
+            values: [mean, var],
+            counter: self.counter.shallow_clone(),
+        });
+        Ok(y)
+    }
+
+    fn plain(
+        &self,
+        x: &Tensor,
+        mean: &Tensor,
+        var: &Tensor,
+        train: bool,
+    ) -> Result<Tensor, ModelError> {
+        let (w, b) = (&self.weight, &self.bias);
+        Ok(x.f_batch_norm(Some(w), Some(b), Some(mean), Some(var), train, MOMENTUM, EPS, true)?)
+    }
+}
+
+/// Conv3x3, norm, activation, dropout, Conv3x3, norm, activation.
+#[derive(Debug)]
+pub(super) struct ConvBlock {
+    conv: [Conv; 2],
+    norm: [NormAct; 2],
+    dropout: f64,
+}
+
+impl ConvBlock {
+    /// `name` is that of the reference's sequence; its places 0, 1, 4 and 5 hold parameters.
+    pub(super) fn new(
+        params: &mut Params,
+        name: &str,
+        input: i64,
+        output: i64,
+        dropout: f64,
+    ) -> Result<Self, ModelError> {
+        let first = Conv::new(params, &format!("{name}.0"), [input, output, 3])?;
+        let norm = NormAct::new(params, &format!("{name}.1"), output)?;
+        let second = Conv::new(params, &format!("{name}.4"), [output, output, 3])?;
+        let last = NormAct::new(params, &format!("{name}.5"), output)?;
+        Ok(Self { conv: [first, second], norm: [norm, last], dropout })
+    }
+
+    /// `[N, input, H, W] -> [N, output, H, W]`
+    pub(super) fn forward(&self, x: &Tensor, mode: &mut Mode) -> Result<Tensor, ModelError> {
+        let y = self.norm[0].forward(&self.conv[0].forward(x)?, self.dropout, mode)?;
+        self.norm[1].forward(&self.conv[1].forward(&y)?, 0.0, mode)
+    }
+}
+
+#[derive(Debug)]
+enum Up {
+    Transposed { weight: Tensor, bias: Tensor },
+    Resized { conv: Conv, mode: UpMode },
+}
+
+/// Brings a deep feature to the skip's channels and size, joins the two, convolves.
+#[derive(Debug)]
+pub(super) struct UpBlock {
+    up: Up,
+    block: ConvBlock,
+}
+
+impl UpBlock {
+    pub(super) fn new(
+        params: &mut Params,
+        name: &str,
+        [deep, skip]: [i64; 2],
+        mode: UpMode,
+    ) -> Result<Self, ModelError> {
+        let up = if mode == UpMode::Transposed {
+            // PyTorch counts fan-in on the second axis: output channels times kernel area.
+            let fan_in = skip * 4;
+            Up::Transposed {
+                weight: params.uniform(format!("{name}.up.weight"), &[deep, skip, 2, 2], fan_in)?,
+                bias: params.uniform(format!("{name}.up.bias"), &[skip], fan_in)?,
+            }
+        } else {
+            Up::Resized {
+                conv: Conv::new(params, &format!("{name}.conv1x1"), [deep, skip, 1])?,
+                mode,
+            }
+        };
+        let block = ConvBlock::new(params, &format!("{name}.conv.conv_conv"), 2 * skip, skip, 0.0)?;
+        Ok(Self { up, block })
+    }
+
+    /// deep `[N, D, H/2, W/2]`, skip `[N, S, H, W]` -> `[N, S, H, W]`
+    pub(super) fn forward(
+        &self,
+        deep: &Tensor,
+        skip: &Tensor,
+        mode: &mut Mode,
+    ) -> Result<Tensor, ModelError> {
+        let up = match &self.up {
+            Up::Transposed { weight, bias } => {
+                let kind = deep.f_kind()?;
+                let (w, b) = (weight.f_to_kind(kind)?, bias.f_to_kind(kind)?);
+                let (two, zero, one) = ([2i64, 2], [0i64, 0], [1i64, 1]);
+                deep.f_conv_transpose2d(&w, Some(&b), two, zero, zero, 1, one)?
+            }
+            Up::Resized { conv, mode } => {
+                let low = conv.forward(deep)?;
+                let size = [skip.size()[2], skip.size()[3]];
+                match mode {
+                    UpMode::Nearest => low.f_upsample_nearest2d(size, None, None)?,
+                    UpMode::Bicubic => low.f_upsample_bicubic2d(size, true, None, None)?,
+                    _ => low.f_upsample_bilinear2d(size, true, None, None)?,
+                }
+            }
+        };
+        // [N, S, H, W] twice -> [N, 2S, H, W]
+        let joined = Tensor::f_cat(&[skip, &up], 1)?;
+        self.block.forward(&joined, mode)
+    }
+}
+
+/// A copy with storage of its own, which tch's clone of a CPU tensor has not.
+fn copy_of(tensor: &Tensor) -> Result<Tensor, ModelError> {
+    let mut copy = tensor.f_empty_like()?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
+}
+
+/// The input as the network wants it: its layout and type.
+pub(super) fn prepare(
+    x: &Tensor,
+    layout: Layout,
+    precision: Precision,
+) -> Result<Tensor, ModelError> {
+    let x = x.f_to_kind(precision.kind())?;
+    Ok(match layout {
+        Layout::Planar => x,
+        Layout::ChannelsLast => ops::channels_last(&x)?,
+    })
+}
+
+/// Halves the size: `[N, C, H, W] -> [N, C, H/2, W/2]`.
+pub(super) fn pool(x: &Tensor) -> Result<Tensor, ModelError> {
+    Ok(x.f_max_pool2d([2i64, 2], [2i64, 2], [0i64, 0], [1i64, 1], false)?)
+}

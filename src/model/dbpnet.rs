@@ -1,0 +1,361 @@
+//! DBPNet: one encoder, two decoders that go up by different means, each with a pyramid of four
+//! predictions. METHOD of arXiv 2511.08435; names and order of parameters are the reference's.
+//!
+//! Auxiliary predictions come back coarse, as their heads make them: the reference upsamples
+//! them by nearest neighbour, which changes no mean over pixels.
+
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+
+use super::ModelError;
+use super::blocks::{
+    Conv, ConvBlock, Layout, Mode, Precision, Statistics, Training, UpBlock, UpMode, pool, prepare,
+};
+use super::params::Params;
+use super::perturb::{self, DecoderDraws, Draws, dropout};
+use crate::bridge::ops::SumOverRanks;
+
+/// Probability of the dropout before the stride-8 head.
+const AUX_DROPOUT: f64 = 0.5;
+
+/// What a DBPNet looks like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DbpNetConfig {
+    /// Channels of the input.
+    pub in_channels: i64,
+    /// Classes, background included.
+    pub classes: i64,
+    /// Channels at strides 1, 2, 4, 8, 16.
+    pub widths: [i64; 5],
+    /// How each decoder goes up.
+    pub up: [UpMode; 2],
+    /// Dropout in each encoder block.
+    pub dropout: [f64; 5],
+    /// Memory order.
+    pub layout: Layout,
+    /// Arithmetic in training; evaluation is float32.
+    pub precision: Precision,
+}
+
+impl Default for DbpNetConfig {
+    fn default() -> Self {
+        Self {
+            in_channels: 1,
+            classes: 4,
+            widths: [16, 32, 64, 128, 256],
+            up: [UpMode::Bilinear, UpMode::Transposed],
+            dropout: [0.05, 0.1, 0.2, 0.3, 0.5],
+            layout: Layout::default(),
+            precision: Precision::default(),
+        }
+    }
+}
+
+/// Which heads a training pass computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heads {
+    /// The main ones only: warm-up, where the others' loss has weight zero.
+    Main,
+    /// All four of each decoder.
+    All,
+}
+
+/// One decoder's predictions: logits.
+#[derive(Debug)]
+pub struct Pyramid {
+    /// `[N, C, H, W]`
+    pub main: Tensor,
+    /// Coarse, at strides 2, 4, 8: `[N, C, H/s, W/s]`; none with [`Heads::Main`].
+    pub aux: Option<[Tensor; 3]>,
+}
+
+/// What a training pass gives.
+#[derive(Debug)]
+pub struct Outputs {
+    /// Decoder 1.
+    pub d1: Pyramid,
+    /// Decoder 2.
+    pub d2: Pyramid,
+    /// To be committed with the step.
+    pub statistics: Statistics,
+}
+
+#[derive(Debug)]
+struct Decoder {
+    up: [UpBlock; 4],
+    out: Conv,
+    /// Heads at strides 2, 4, 8. The reference's fourth is only ever stored.
+    aux: [Conv; 3],
+}
+
+impl Decoder {
+    fn new(
+        params: &mut Params,
+        name: &str,
+        config: &DbpNetConfig,
+        mode: UpMode,
+    ) -> Result<Self, ModelError> {
+        let w = config.widths;
+        let mut up =
+            |i: usize| UpBlock::new(params, &format!("{name}.up{i}"), [w[5 - i], w[4 - i]], mode);
+        let up = [up(1)?, up(2)?, up(3)?, up(4)?];
+        let mut head = |what: &str, width: i64| {
+            Conv::new(params, &format!("{name}.{what}"), [width, config.classes, 3])
+        };
+        let out = head("out_conv", w[0])?;
+        let unused = head("out_conv_dp4", w[4])?;
+        drop(unused);
+        let third = head("out_conv_dp3", w[3])?;
+        let second = head("out_conv_dp2", w[2])?;
+        let first = head("out_conv_dp1", w[1])?;
+        Ok(Self { up, out, aux: [first, second, third] })
+    }
+
+    /// Features at strides 8, 4, 2, 1 from the encoder's `[x0, .., x4]`.
+    fn features(&self, x: &[Tensor; 5], mode: &mut Mode) -> Result<[Tensor; 4], ModelError> {
+        let a = self.up[0].forward(&x[4], &x[3], mode)?;
+        let b = self.up[1].forward(&a, &x[2], mode)?;
+        let c = self.up[2].forward(&b, &x[1], mode)?;
+        let d = self.up[3].forward(&c, &x[0], mode)?;
+        Ok([a, b, c, d])
+    }
+
+    fn train(
+        &self,
+        x: &[Tensor; 5],
+        heads: Heads,
+        draws: &DecoderDraws,
+        training: &mut Training,
+    ) -> Result<Pyramid, ModelError> {
+        let [a, b, c, d] = self.features(x, &mut Mode::Train(training))?;
+        let main = self.out.forward(&d)?;
+        // The key is drawn with or without heads: warm-up changes no other draw.
+        let key = training.next_key();
+        let aux = match heads {
+            Heads::Main => None,
+            Heads::All => {
+                let third = self.aux[2].forward(&dropout(&a, AUX_DROPOUT, key)?)?;
+                let second = perturb::feature_dropout(&b, draws.threshold)?;
+                let first = perturb::feature_noise(&c, &draws.noise)?;
+                Some([self.aux[0].forward(&first)?, self.aux[1].forward(&second)?, third])
+            }
+        };
+        Ok(Pyramid { main, aux })
+    }
+
+    fn all(&self, x: &[Tensor; 5]) -> Result<[Tensor; 4], ModelError> {
+        let [a, b, c, d] = self.features(x, &mut Mode::Eval)?;
+        let size = [d.size()[2], d.size()[3]];
+        let up = |head: &Conv, feature: &Tensor| -> Result<Tensor, ModelError> {
+            // [N, C, H/s, W/s] -> [N, C, H, W]
+            Ok(head.forward(feature)?.f_upsample_nearest2d(size, None, None)?)
+        };
+        Ok([
+            self.out.forward(&d)?,
+            up(&self.aux[0], &c)?,
+            up(&self.aux[1], &b)?,
+            up(&self.aux[2], &a)?,
+        ])
+    }
+}
+
+/// The network.
+#[derive(Debug)]
+pub struct DbpNet {
+    config: DbpNetConfig,
+    params: Params,
+    encoder: [ConvBlock; 5],
+    decoders: [Decoder; 2],
+}
+
+impl DbpNet {
+    /// A fresh network, drawn from `seed` as PyTorch initialises by default.
+    ///
+    /// # Errors
+    /// A configuration that makes no network.
+    pub fn new(config: DbpNetConfig, device: Device, seed: u64) -> Result<Self, ModelError> {
+        let sizes = [config.in_channels, config.classes];
+        if sizes.iter().chain(&config.widths).any(|&n| n < 1) || config.classes < 2 {
+            return Err(ModelError::Input("channels, widths >= 1 and classes >= 2".into()));
+        }
+        if config.dropout.iter().any(|p| !(0.0..1.0).contains(p)) {
+            return Err(ModelError::Input("dropout lies in [0, 1)".into()));
+        }
+        let mut params = Params::new(device, config.layout, seed);
+        let w = config.widths;
+        let mut block = |name: String, input: i64, i: usize| {
+            ConvBlock::new(&mut params, &name, input, w[i], config.dropout[i])
+        };
+        let down = |i: usize| format!("encoder.down{i}.maxpool_conv.1.conv_conv");
+        let encoder = [
+            block("encoder.in_conv.conv_conv".into(), config.in_channels, 0)?,
+            block(down(1), w[0], 1)?,
+            block(down(2), w[1], 2)?,
+            block(down(3), w[2], 3)?,
+            block(down(4), w[3], 4)?,
+        ];
+        let decoders = [
+            Decoder::new(&mut params, "decoder1", &config, config.up[0])?,
+            Decoder::new(&mut params, "decoder2", &config, config.up[1])?,
+        ];
+        Ok(Self { config, params, encoder, decoders })
+    }
+
+    /// Its configuration.
+    #[must_use]
+    pub fn config(&self) -> &DbpNetConfig {
+        &self.config
+    }
+
+    /// Its parameters and buffers.
+    #[must_use]
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The names of the parameters that get a gradient with these heads, in order: what a
+    /// reducer is built over. `out_conv_dp4` never does.
+    #[must_use]
+    pub fn trained(&self, heads: Heads) -> Vec<String> {
+        let idle = |name: &str| {
+            name.contains(".out_conv_dp4.")
+                || (heads == Heads::Main && name.contains(".out_conv_dp"))
+        };
+        self.params.parameters().map(|(n, _)| n.to_owned()).filter(|n| !idle(n)).collect()
+    }
+
+    fn check(&self, x: &Tensor) -> Result<(), ModelError> {
+        let size = x.size();
+        let fits = matches!(size.as_slice(), [n, c, h, w]
+            if *n > 0 && *c == self.config.in_channels && *h > 0 && *w > 0 && h % 16 == 0 && w % 16 == 0);
+        if fits {
+            return Ok(());
+        }
+        Err(ModelError::Input(format!(
+            "input {size:?}: wanted [N, {}, H, W] with H and W multiples of 16",
+            self.config.in_channels
+        )))
+    }
+
+    /// `[N, in, H, W]` -> features at strides 1, 2, 4, 8, 16.
+    fn encode(&self, x: &Tensor, mode: &mut Mode) -> Result<[Tensor; 5], ModelError> {
+        let x0 = self.encoder[0].forward(x, mode)?;
+        let x1 = self.encoder[1].forward(&pool(&x0)?, mode)?;
+        let x2 = self.encoder[2].forward(&pool(&x1)?, mode)?;
+        let x3 = self.encoder[3].forward(&pool(&x2)?, mode)?;
+        let x4 = self.encoder[4].forward(&pool(&x3)?, mode)?;
+        Ok([x0, x1, x2, x3, x4])
+    }
+
+    /// A training pass: labelled samples first in `x` `[N, in, H, W]`. Batch-norm statistics are
+    /// summed over ranks with `sync`, and stay out of force until committed.
+    ///
+    /// # Errors
+    /// An input that does not fit; a failing sum over ranks.
+    pub fn forward_train(
+        &self,
+        x: &Tensor,
+        draws: &Draws,
+        heads: Heads,
+        sync: Option<&Arc<dyn SumOverRanks>>,
+    ) -> Result<Outputs, ModelError> {
+        self.check(x)?;
+        let x = prepare(x, self.config.layout, self.config.precision)?;
+        let mut training =
+            Training { dropout: draws.dropout, sync, statistics: Statistics::default(), place: 0 };
+        let features = self.encode(&x, &mut Mode::Train(&mut training))?;
+        let d1 = self.decoders[0].train(&features, heads, &draws.decoders[0], &mut training)?;
+        let d2 = self.decoders[1].train(&features, heads, &draws.decoders[1], &mut training)?;
+        Ok(Outputs { d1, d2, statistics: training.statistics })
+    }
+
+    /// Decoder 1's main logits `[N, C, H, W]` with the running statistics: all that inference
+    /// needs.
+    ///
+    /// # Errors
+    /// An input that does not fit.
+    pub fn forward_eval(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        self.check(x)?;
+        tch::no_grad(|| {
+            let x = prepare(x, self.config.layout, Precision::F32)?;
+            let features = self.encode(&x, &mut Mode::Eval)?;
+            let [.., d] = self.decoders[0].features(&features, &mut Mode::Eval)?;
+            self.decoders[0].out.forward(&d)
+        })
+    }
+
+    /// The mean of both decoders' probabilities, `[N, C, H, W]`.
+    ///
+    /// # Errors
+    /// An input that does not fit.
+    pub fn forward_eval_mean(&self, x: &Tensor) -> Result<Tensor, ModelError> {
+        self.check(x)?;
+        tch::no_grad(|| {
+            let x = prepare(x, self.config.layout, Precision::F32)?;
+            let features = self.encode(&x, &mut Mode::Eval)?;
+            let probabilities = |decoder: &Decoder| -> Result<Tensor, ModelError> {
+                let [.., d] = decoder.features(&features, &mut Mode::Eval)?;
+                Ok(decoder.out.forward(&d)?.f_softmax(1, Kind::Float)?)
+            };
+            let [one, two] = &self.decoders;
+            Ok(probabilities(one)?.f_add(&probabilities(two)?)?.f_mul_scalar(0.5)?)
+        })
+    }
+
+    /// All eight predictions at full size, in the reference's order: for checks against it.
+    ///
+    /// # Errors
+    /// An input that does not fit.
+    pub fn forward_eval_all(&self, x: &Tensor) -> Result<Vec<Tensor>, ModelError> {
+        self.check(x)?;
+        tch::no_grad(|| {
+            let x = prepare(x, self.config.layout, Precision::F32)?;
+            let features = self.encode(&x, &mut Mode::Eval)?;
+            let mut all = Vec::with_capacity(8);
+            for decoder in &self.decoders {
+                all.extend(decoder.all(&features)?);
+            }
+            Ok(all)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_size_has_the_reference_count_of_parameters() {
+        let net = DbpNet::new(DbpNetConfig::default(), Device::Cpu, 1).unwrap();
+        assert_eq!(net.params().parameter_count(), 2_612_216);
+        assert_eq!(net.trained(Heads::All).len() + 4, net.params().parameters().count());
+        assert_eq!(net.trained(Heads::Main).len() + 16, net.params().parameters().count());
+    }
+
+    #[test]
+    fn statistics_change_at_commit_and_not_before() {
+        let config = DbpNetConfig { widths: [4, 8, 8, 8, 8], ..DbpNetConfig::default() };
+        let net = DbpNet::new(config, Device::Cpu, 1).unwrap();
+        let x = Tensor::rand([2, 1, 32, 32], (Kind::Float, Device::Cpu));
+        let before = net.params().to_host().unwrap();
+        let out = net.forward_train(&x, &Draws::keyed(1, 0, 0), Heads::Main, None).unwrap();
+        assert_eq!(net.params().to_host().unwrap(), before);
+        out.statistics.commit().unwrap();
+        let after = net.params().to_host().unwrap();
+        let changed = after.iter().zip(&before).filter(|(a, b)| a != b).count();
+        assert_eq!(changed, 26 * 3);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let net = DbpNet::new(DbpNetConfig::default(), Device::Cpu, 1).unwrap();
+        for size in [[1, 1, 40, 32], [1, 2, 32, 32], [0, 1, 32, 32]] {
+            let x = Tensor::zeros(size, (Kind::Float, Device::Cpu));
+            assert!(matches!(net.forward_eval(&x), Err(ModelError::Input(_))), "{size:?}");
+        }
+        assert!(
+            DbpNet::new(DbpNetConfig { classes: 1, ..Default::default() }, Device::Cpu, 1).is_err()
+        );
+    }
+}

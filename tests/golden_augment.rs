@@ -2,6 +2,8 @@
 //!
 //! The arrays lie in `tests/golden/`, or in the folder that `CPCR_GOLDEN_DIR` names.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot read its input has failed")]
+
 use std::path::PathBuf;
 
 use cpcr::data::augment::{Augmentation, Shape, rot_flip, rotate, zoom};

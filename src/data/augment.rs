@@ -75,7 +75,7 @@ pub fn rot_flip<T: Copy + Default>(
     flip_axis: u8,
 ) -> (Vec<T>, Shape) {
     let turns = quarter_turns % 4;
-    let (oh, ow) = if turns % 2 == 0 { (h, w) } else { (w, h) };
+    let (oh, ow) = if turns.is_multiple_of(2) { (h, w) } else { (w, h) };
     let mut out = Vec::with_capacity(oh * ow);
     for row in 0..oh {
         for column in 0..ow {

@@ -100,6 +100,9 @@ impl BlockCache {
 
     fn keep(&self, number: u64, block: &Block) {
         let bytes = block.iter().map(SliceRow::memory_bytes).sum();
+        if bytes > self.budget_bytes {
+            return;
+        }
         let mut state = self.lock();
         while state.bytes + bytes > self.budget_bytes {
             let oldest = state.kept.iter().min_by_key(|(_, kept)| kept.used);

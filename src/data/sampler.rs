@@ -177,11 +177,11 @@ impl Deal {
         debug_assert!(slot < self.spec.batch_labelled);
         let pool = range_len(&self.spec.labelled);
         let batch = u64::from(self.spec.batch_labelled);
-        let steps = pool / batch;
-        let (pass, index) = if steps == 0 {
+        let (pass, index) = if pool < batch {
             let position = step.0 * batch + u64::from(slot);
             (position / pool, position % pool)
         } else {
+            let steps = pool / batch;
             (step.0 / steps, (step.0 % steps) * batch + u64::from(slot))
         };
         let key = key_of(&[self.spec.seed, Domain::Labelled as u64, pass]);

@@ -119,6 +119,7 @@ impl Heart {
                 }
             })
             .collect();
+        let muscle = d.uniform(0.18, 0.4);
         Self {
             key,
             height,
@@ -126,14 +127,14 @@ impl Heart {
             slices: d.whole(options.slices),
             centre_px,
             towards_rv: PI + d.uniform(-0.6, 0.6),
-            lv_radius: d.uniform(0.105, 0.16),
-            wall: d.uniform(0.045, 0.08),
+            lv_radius: d.uniform(0.12, 0.17),
+            wall: d.uniform(0.05, 0.085),
             rv_reach: d.uniform(0.85, 1.25),
             ellipticity: d.uniform(0.88, 1.14),
             contraction: d.uniform(0.55, 0.8),
             blood: d.uniform(0.7, 1.0),
-            muscle: d.uniform(0.2, 0.42),
-            tissue: d.uniform(0.3, 0.55),
+            muscle,
+            tissue: muscle + d.uniform(0.04, 0.2),
             lung: d.uniform(0.02, 0.14),
             blur_px: d.uniform(0.4, 1.1),
             noise: d.uniform(0.02, 0.07),
@@ -249,7 +250,7 @@ impl Section {
         let side = heart.height.min(heart.width) as f32;
         // 0 at the base, 1 at the apex.
         let depth = slice as f32 / (heart.slices - 1) as f32;
-        let taper = (1.0 - 0.75 * depth * depth).max(0.2);
+        let taper = 1.0 - 0.6 * depth * depth;
         let squeeze = if frame == Frame::Systole { heart.contraction } else { 1.0 };
         let cavity = side * heart.lv_radius * taper * squeeze;
         // The muscle keeps its volume: a smaller cavity has a thicker wall.

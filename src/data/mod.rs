@@ -1,6 +1,6 @@
 //! Datasets: what is stored, who gets which sample in which step, and how it reaches a trainer.
 //!
-//! [`manifest`] and [`shard`] are the bytes at rest; [`write`] makes them and [`dataset`] reads
+//! [`manifest`] and [`shard`] are the bytes at rest; [`mod@write`] makes them and [`dataset`] reads
 //! them, verified. [`sampler`] is the deal: a pure function from (seed, step, slot) to a sample.
 //! [`loader`] joins the two on threads of its own. [`import`] and [`synth`] are where datasets come
 //! from. No tensor type, no clock and no network client is reachable from here: storage is the

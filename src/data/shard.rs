@@ -2,7 +2,7 @@
 //!
 //! A row is a slice: `volume`, `slice`, `height`, `width`, `dtype`, `image` and `label` (bytes, row
 //! by row, little-endian; `label` null where there is none). zstd, no dictionaries: pixels do not
-//! repeat. A row group decodes from its own bytes and the footer, which is what [`Parts`] offers
+//! repeat. A row group decodes from its own bytes and the footer, which is what `Parts` offers
 //! to the Parquet reader in place of a file.
 
 use std::sync::Arc;

@@ -1,1 +1,28 @@
-//! (being written)
+//! Datasets: what is stored, who gets which sample in which step, and how it reaches a trainer.
+//!
+//! [`manifest`] and [`shard`] are the bytes at rest; [`mod@write`] makes them and [`dataset`] reads
+//! them, verified. [`sampler`] is the deal: a pure function from (seed, step, slot) to a sample.
+//! [`loader`] joins the two on threads of its own. [`import`] and [`synth`] are where datasets come
+//! from. No tensor type, no clock and no network client is reachable from here: storage is the
+//! small trait in [`source`].
+
+pub mod augment;
+mod cache;
+pub mod dataset;
+mod error;
+pub mod import;
+pub mod loader;
+pub mod manifest;
+pub mod permutation;
+pub mod report;
+pub mod sampler;
+pub mod shard;
+pub mod source;
+pub mod synth;
+pub mod write;
+
+pub use dataset::{Dataset, Volume};
+pub use error::DataError;
+pub use loader::{Batch, Loader, LoaderPlan};
+pub use manifest::{Manifest, Split, VolumeEntry, VolumeId};
+pub use sampler::{Deal, DealError, DealSpec, Draw, Share};

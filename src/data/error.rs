@@ -1,0 +1,98 @@
+//! The one error of this module, its variants named by what the caller can do about them.
+
+use std::path::PathBuf;
+
+use super::sampler::DealError;
+use super::source::SourceError;
+
+/// Why data could not be read, written, imported or dealt.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// Nothing is stored under that name: the URL or the manifest is wrong.
+    #[error("no object `{object}` in the dataset")]
+    NotFound {
+        /// Path of the object within the dataset.
+        object: String,
+    },
+    /// Storage failed, after its own retries; trying later may help.
+    #[error("read `{object}`")]
+    Read {
+        /// Path of the object within the dataset.
+        object: String,
+        /// What the store said.
+        #[source]
+        source: SourceError,
+    },
+    /// Storage refused what was written.
+    #[error("write `{object}`")]
+    Write {
+        /// Path of the object within the dataset.
+        object: String,
+        /// What the store said.
+        #[source]
+        source: SourceError,
+    },
+    /// The bytes are not the ones that were written, twice in a row: restore the object.
+    #[error("`{object}` is damaged: {what}, and again after it was fetched a second time")]
+    Damaged {
+        /// Path of the object within the dataset.
+        object: String,
+        /// Which part of it.
+        what: String,
+    },
+    /// A newer program wrote this: update `cpcr`.
+    #[error("`{object}` has format {found}; this program reads up to {supported}: update it")]
+    NewerFormat {
+        /// Path of the object within the dataset.
+        object: String,
+        /// The format number found.
+        found: u32,
+        /// The newest one known here.
+        supported: u32,
+    },
+    /// Intact, but not something this program can mean: the dataset was not made by `cpcr data`.
+    #[error("`{object}` is not valid: {why}")]
+    Invalid {
+        /// Path of the object within the dataset.
+        object: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A source file of an import cannot be used: repair or remove it.
+    #[error("cannot import `{}`: {why}", path.display())]
+    Import {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// What was asked for does not exist in this dataset: change the settings.
+    #[error("{0}")]
+    Unusable(String),
+    /// The batch cannot be dealt that way: change batch sizes or the number of workers.
+    #[error(transparent)]
+    Deal(#[from] DealError),
+    /// The loader has been stopped, by an earlier error or by being dropped.
+    #[error("the loader has stopped")]
+    Stopped,
+    /// A thread of the loader panicked: a bug in this program.
+    #[error("a data thread failed: {0}")]
+    Thread(String),
+}
+
+impl DataError {
+    /// An [`DataError::Invalid`] about `object`.
+    pub(crate) fn invalid(object: impl Into<String>, why: impl ToString) -> Self {
+        Self::Invalid { object: object.into(), why: why.to_string() }
+    }
+
+    /// A read of `object` that failed with `source`.
+    pub(crate) fn read(object: impl Into<String>, source: SourceError) -> Self {
+        let object = object.into();
+        match source {
+            SourceError::NotFound => Self::NotFound { object },
+            source => Self::Read { object, source },
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! ACDC in the SSL4MIS preparation: HDF5 files `image` and `label`, and lists that order them.
+//!
+//! `train_slices.list` names 2-D files `patientNNN_frameMM_slice_K`, `val.list` and `test.list` 3-D
+//! files `patientNNN_frameMM`. The order of the lists is kept: "7 labelled patients" means the
+//! first slices of `train_slices.list`. The files have no voxel spacing, so neither has the dataset.
+//!
+//! Files come from outside and may be damaged: sizes are checked before memory is taken, and
+//! whatever the parser does with them ends as an error that names the file.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use hdf5_reader::{Hdf5File, OpenOptions};
+
+use crate::data::error::DataError;
+use crate::data::manifest::{Manifest, Split};
+use crate::data::source::ObjectWriter;
+use crate::data::write::{DatasetWriter, NewSlice, NewVolume, WriteOptions};
+
+/// Class names by label value.
+pub const CLASSES: [&str; 4] = ["background", "right ventricle", "myocardium", "left ventricle"];
+
+/// The largest file that is opened, and the most decoded bytes of one dataset in it.
+const FILE_BYTES_MAX: u64 = 1 << 30;
+
+/// The largest list that is read.
+const LIST_BYTES_MAX: u64 = 16 << 20;
+
+/// Where the files are.
+#[derive(Debug, Clone)]
+pub struct AcdcSource {
+    /// The folder with the HDF5 files, or the one above its `data`.
+    pub files: PathBuf,
+    /// The folder with the lists, where that is another one.
+    pub lists: Option<PathBuf>,
+}
+
+/// Imports what `train_slices.list`, `val.list` and, if there is one, `test.list` name. Reads
+/// files on up to `threads` threads.
+pub async fn import(
+    source: &AcdcSource,
+    sink: Arc<dyn ObjectWriter>,
+    threads: usize,
+) -> Result<Manifest, DataError> {
+    let mut plans = VecDeque::from(train_volumes(&source.list("train_slices.list")?)?);
+    for (list, split) in [("val.list", Split::Val), ("test.list", Split::Test)] {
+        match source.list(list) {
+            Ok(names) => plans.extend(whole_volumes(&names, split)?),
+            Err(DataError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let mut writer = DatasetWriter::new(sink, WriteOptions::new("ACDC (SSL4MIS)", &CLASSES))?;
+    let folders = source.folders();
+    while !plans.is_empty() {
+        // A few volumes at a time: what bounds memory.
+        let chunk: Vec<VolumePlan> = plans.drain(..plans.len().min(threads.max(1) * 2)).collect();
+        for volume in read_volumes(&folders, &chunk, threads) {
+            writer.add(volume?).await?;
+        }
+    }
+    writer.finish().await
+}
+
+/// A volume and the files it is in.
+#[derive(Debug)]
+struct VolumePlan {
+    name: String,
+    patient: String,
+    split: Split,
+    files: Files,
+}
+
+#[derive(Debug)]
+enum Files {
+    /// One 2-D file a slice: (slice from zero, name).
+    Slices(Vec<(u32, String)>),
+    /// One 3-D file, named like the volume.
+    Whole,
+}
+
+impl AcdcSource {
+    /// Names in a list, in order.
+    fn list(&self, name: &str) -> Result<Vec<String>, DataError> {
+        let mut folders = vec![self.files.clone()];
+        match &self.lists {
+            Some(lists) => folders = vec![lists.clone()],
+            None => folders.extend(self.files.parent().map(Path::to_path_buf)),
+        }
+        let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file());
+        let path = found.ok_or_else(|| DataError::NotFound {
+            object: folders[0].join(name).display().to_string(),
+        })?;
+        let text = read_small(&path, LIST_BYTES_MAX)?;
+        let text = String::from_utf8(text).map_err(|_| bad(&path, "it is no text"))?;
+        // Lists circulate with and without the suffix, and with trailing blank lines.
+        let names = text.lines().map(|line| line.trim().trim_end_matches(".h5"));
+        let names: Vec<String> = names.filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        match names.iter().find(|name| name.contains(['/', '\\'])) {
+            Some(name) => Err(bad(&path, format!("`{name}` is no name of a file"))),
+            None => Ok(names),
+        }
+    }
+
+    /// Folders in which files may lie, in the layouts that circulate.
+    fn folders(&self) -> Vec<PathBuf> {
+        ["", "data", "data/slices", "slices"].map(|part| self.files.join(part)).to_vec()
+    }
+}
+
+fn bad(path: &Path, why: impl ToString) -> DataError {
+    DataError::Import { path: path.to_owned(), why: why.to_string() }
+}
+
+fn read_small(path: &Path, bytes_max: u64) -> Result<Vec<u8>, DataError> {
+    let len = std::fs::metadata(path).map_err(|error| bad(path, error))?.len();
+    if len > bytes_max {
+        return Err(bad(path, format!("{len} bytes are more than the {bytes_max} allowed")));
+    }
+    std::fs::read(path).map_err(|error| bad(path, error))
+}
+
+/// Slices of one volume stand side by side in the list; their order within it is kept.
+fn train_volumes(names: &[String]) -> Result<Vec<VolumePlan>, DataError> {
+    let mut volumes: Vec<VolumePlan> = Vec::new();
+    for name in names {
+        let parsed = name.rsplit_once("_slice_").and_then(|(volume, number)| {
+            let number = number.parse::<u32>().ok()?.checked_sub(1)?;
+            Some((volume, patient_of(volume)?, number))
+        });
+        let Some((volume, patient, number)) = parsed else {
+            let why = format!("`{name}` is no patientNNN_frameMM_slice_K");
+            return Err(bad(Path::new("train_slices.list"), why));
+        };
+        match volumes.last_mut() {
+            Some(VolumePlan { name: last, files: Files::Slices(files), .. }) if last == volume => {
+                files.push((number, name.clone()));
+            }
+            _ => volumes.push(VolumePlan {
+                name: volume.to_owned(),
+                patient: patient.to_owned(),
+                split: Split::Train,
+                files: Files::Slices(vec![(number, name.clone())]),
+            }),
+        }
+    }
+    Ok(volumes)
+}
+
+fn whole_volumes(names: &[String], split: Split) -> Result<Vec<VolumePlan>, DataError> {
+    let plan = |name: &String| {
+        let patient = patient_of(name).ok_or_else(|| {
+            let why = format!("`{name}` is no patientNNN_frameMM");
+            bad(Path::new(&format!("{split}.list")), why)
+        })?;
+        let patient = patient.to_owned();
+        Ok(VolumePlan { name: name.clone(), patient, split, files: Files::Whole })
+    };
+    names.iter().map(plan).collect()
+}
+
+fn patient_of(volume: &str) -> Option<&str> {
+    volume.split_once("_frame").map(|(patient, _)| patient).filter(|patient| !patient.is_empty())
+}
+
+/// Reads `plans`, in order, side by side on up to `threads` threads.
+fn read_volumes(
+    folders: &[PathBuf],
+    plans: &[VolumePlan],
+    threads: usize,
+) -> Vec<Result<NewVolume, DataError>> {
+    let per_thread = plans.len().div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = plans
+            .chunks(per_thread)
+            .map(|part| {
+                let read = || part.iter().map(|plan| read_volume(folders, plan)).collect();
+                scope.spawn(read)
+            })
+            .collect();
+        let failed = |_| vec![Err(DataError::Thread("an import thread panicked".to_owned()))];
+        let joined = parts.into_iter().map(|part| part.join().unwrap_or_else(failed));
+        joined.collect::<Vec<Vec<_>>>().into_iter().flatten().collect()
+    })
+}
+
+fn read_volume(folders: &[PathBuf], plan: &VolumePlan) -> Result<NewVolume, DataError> {
+    let file = |name: &str| {
+        let name = format!("{name}.h5");
+        let paths = folders.iter().map(|folder| folder.join(&name));
+        paths
+            .clone()
+            .find(|path| path.is_file())
+            .ok_or_else(|| bad(&folders[0].join(&name), "a list names it, and it is not there"))
+    };
+    let slices = match &plan.files {
+        Files::Whole => {
+            let path = file(&plan.name)?;
+            let arrays = read_file(&path)?;
+            let [depth, h, w] = arrays.shape[..] else {
+                return Err(bad(&path, format!("shape {:?} is no volume's", arrays.shape)));
+            };
+            (0..depth).map(|at| arrays.slice(at as u32, at, (h, w))).collect()
+        }
+        Files::Slices(names) => names
+            .iter()
+            .map(|(number, name)| {
+                let path = file(name)?;
+                let arrays = read_file(&path)?;
+                let [h, w] = arrays.shape[..] else {
+                    return Err(bad(&path, format!("shape {:?} is no slice's", arrays.shape)));
+                };
+                Ok(arrays.slice(*number, 0, (h, w)))
+            })
+            .collect::<Result<_, _>>()?,
+    };
+    Ok(NewVolume {
+        name: plan.name.clone(),
+        patient: plan.patient.clone(),
+        split: plan.split,
+        spacing_mm: None,
+        affine: None,
+        slices,
+    })
+}
+
+/// What one file holds.
+#[derive(Debug)]
+struct Arrays {
+    shape: Vec<usize>,
+    image: Vec<f32>,
+    label: Vec<u8>,
+}
+
+impl Arrays {
+    fn slice(&self, number: u32, at: usize, shape: (usize, usize)) -> NewSlice {
+        let pixels = at * shape.0 * shape.1..(at + 1) * shape.0 * shape.1;
+        NewSlice {
+            slice: number,
+            shape,
+            image: self.image[pixels.clone()].to_vec(),
+            label: Some(self.label[pixels].to_vec()),
+        }
+    }
+}
+
+/// Reads `image` and `label`; a parser that panics over damaged bytes is an error, too.
+fn read_file(path: &Path) -> Result<Arrays, DataError> {
+    let bytes = read_small(path, FILE_BYTES_MAX)?;
+    match catch_unwind(AssertUnwindSafe(|| parse(bytes))) {
+        Ok(arrays) => arrays.map_err(|why| bad(path, why)),
+        Err(_) => Err(bad(path, "its structure is damaged")),
+    }
+}
+
+fn parse(bytes: Vec<u8>) -> Result<Arrays, String> {
+    let file_bytes = bytes.len();
+    let options = OpenOptions::default().with_max_read_bytes(FILE_BYTES_MAX as usize);
+    let file = Hdf5File::from_vec_with_options(bytes, options).map_err(|e| e.to_string())?;
+    let dataset = |name: &str| file.dataset(name).map_err(|error| format!("`{name}`: {error}"));
+    let (image, label) = (dataset("image")?, dataset("label")?);
+    let shape: Vec<usize> = image.shape().iter().map(|side| *side as usize).collect();
+    if image.shape() != label.shape() {
+        return Err(format!("image {:?} and label {:?} differ", image.shape(), label.shape()));
+    }
+    let pixels = shape.iter().try_fold(1_usize, |all, side| all.checked_mul(*side));
+    let pixels = pixels.filter(|pixels| *pixels > 0 && *pixels <= pixels_max(file_bytes));
+    let pixels = pixels
+        .ok_or_else(|| format!("shape {shape:?} cannot be in a file of {file_bytes} bytes"))?;
+    let failed = |error: hdf5_reader::error::Error| error.to_string();
+    let mut values = vec![0_f32; pixels];
+    if let Err(error) = image.read_into(&mut values) {
+        let mut wide = vec![0_f64; pixels];
+        image.read_into(&mut wide).map_err(|_| failed(error))?;
+        values = wide.into_iter().map(|value| value as f32).collect();
+    }
+    let mut classes = vec![0_u8; pixels];
+    label.read_into(&mut classes).map_err(failed)?;
+    Ok(Arrays { shape, image: values, label: classes })
+}
+
+/// Deflate shrinks nothing more than 1032 times: a claim beyond that is a lie about memory.
+fn pixels_max(file_bytes: usize) -> usize {
+    file_bytes.saturating_mul(1032).min(FILE_BYTES_MAX as usize / size_of::<f32>())
+}
+
+#[cfg(test)]
+#[path = "acdc_h5_tests.rs"]
+mod tests;

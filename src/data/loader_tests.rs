@@ -1,0 +1,213 @@
+//! The loader against the deal: order, content, bounds, errors, stopping.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use super::*;
+use crate::data::manifest::VolumeId;
+use crate::data::source::{MemoryObjects, ObjectReader, SourceError};
+use crate::data::synth::{self, SynthOptions};
+use crate::types::Epoch;
+
+fn stored() -> Arc<MemoryObjects> {
+    let objects = Arc::new(MemoryObjects::default());
+    let options = SynthOptions {
+        train_patients: 6,
+        val_patients: 1,
+        test_patients: 0,
+        side_px: (32, 48),
+        slices: (4, 6),
+        ..SynthOptions::default()
+    };
+    futures::executor::block_on(synth::write(objects.clone(), &options, 2)).unwrap();
+    objects
+}
+
+fn plan() -> LoaderPlan {
+    LoaderPlan {
+        seed: 7,
+        rank: Rank(0),
+        world: WorldSize(1),
+        start: Step(0),
+        end: Step(20),
+        batch_labelled: 3,
+        batch_unlabelled: 5,
+        labelled_patients: 2,
+        patch: (32, 40),
+        prefetch: 3,
+        threads: 2,
+        cache_bytes: LoaderPlan::CACHE_BYTES,
+        augment: true,
+    }
+}
+
+fn load(reader: Arc<dyn ObjectReader>, plan: LoaderPlan) -> Vec<Batch> {
+    let mut loader = Loader::start(Dataset::open(reader).unwrap(), plan).unwrap();
+    std::iter::from_fn(|| loader.next().unwrap())
+        .map(|batch| Batch { waited: Duration::ZERO, ..batch })
+        .collect()
+}
+
+/// A reader that counts row-group fetches and delays each by `delay`, the first ones longest.
+struct Slow {
+    objects: Arc<MemoryObjects>,
+    fetches: AtomicU64,
+    delay: Duration,
+}
+
+impl Slow {
+    fn new(delay: Duration) -> Arc<Self> {
+        Arc::new(Self { objects: stored(), fetches: AtomicU64::new(0), delay })
+    }
+}
+
+impl ObjectReader for Slow {
+    fn get<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        self.objects.get(path)
+    }
+
+    fn get_range<'a>(
+        &'a self,
+        path: &'a str,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        Box::pin(async move {
+            let before = self.fetches.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(self.delay / (before as u32 % 5 + 1)).await;
+            self.objects.get_range(path, range).await
+        })
+    }
+}
+
+#[test]
+fn batches_are_the_deals_whatever_threads_and_caches_do() {
+    let objects = stored();
+    let batches = load(objects.clone(), plan());
+    assert_eq!(batches.len(), 20);
+    let deal = plan().deal(&Dataset::open(objects.clone()).unwrap()).unwrap();
+    let share = deal.share(Rank(0), WorldSize(1)).unwrap();
+    for (step, batch) in (0..).zip(&batches) {
+        assert_eq!((batch.step, &batch.draws), (Step(step), &deal.batch(Step(step), &share)));
+        assert_eq!((batch.n_labelled, batch.n_unlabelled), (3, 5));
+        assert_eq!((batch.images.len(), batch.labels.len()), (8 * 32 * 40, 3 * 32 * 40));
+    }
+    let many = LoaderPlan { threads: 5, prefetch: 7, ..plan() };
+    assert_eq!(load(objects.clone(), many), batches);
+    let starved = LoaderPlan { threads: 3, cache_bytes: 1, ..plan() };
+    assert_eq!(load(objects.clone(), starved), batches);
+    assert_eq!(load(Slow::new(Duration::from_millis(5)), plan()), batches);
+    let late = LoaderPlan { start: Step(13), ..plan() };
+    assert_eq!(load(objects, late), batches[13..]);
+}
+
+#[test]
+fn two_ranks_see_what_one_would() {
+    let objects = stored();
+    let whole = load(objects.clone(), plan());
+    let parts: Vec<Vec<Batch>> = (0..3)
+        .map(|rank| {
+            load(objects.clone(), LoaderPlan { rank: Rank(rank), world: WorldSize(3), ..plan() })
+        })
+        .collect();
+    let pixels = 32 * 40;
+    for (step, whole) in whole.iter().enumerate() {
+        let (mut labelled, mut unlabelled, mut labels) = (Vec::new(), Vec::new(), Vec::new());
+        for part in parts.iter().map(|part| &part[step]) {
+            let (l, u) = part.images.split_at(part.n_labelled * pixels);
+            labelled.extend_from_slice(l);
+            unlabelled.extend_from_slice(u);
+            labels.extend_from_slice(&part.labels);
+        }
+        labelled.append(&mut unlabelled);
+        assert!(labelled == whole.images && labels == whole.labels, "step {step}");
+    }
+}
+
+#[test]
+fn without_augmentation_a_batch_holds_the_stored_pixels() {
+    let dataset = Dataset::open(stored()).unwrap();
+    let first = dataset.load_volume(VolumeId(0)).unwrap();
+    let [slices, h, w] = first.shape;
+    let plan = LoaderPlan { patch: (h, w), augment: false, ..plan() };
+    let mut loader = Loader::start(dataset, plan).unwrap();
+    let mut compared = 0;
+    while let Some(batch) = loader.next().unwrap() {
+        for (slot, draw) in batch.draws.iter().enumerate().take(batch.n_labelled) {
+            if draw.sample < slices as u64 {
+                let (from, to) = (draw.sample as usize * h * w, slot * h * w);
+                assert_eq!(batch.images[to..to + h * w], first.slices[from..from + h * w]);
+                let labels = first.labels.as_ref().unwrap();
+                assert_eq!(batch.labels[to..to + h * w], labels[from..from + h * w]);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 5);
+}
+
+#[test]
+fn an_epoch_fetches_each_block_about_once() {
+    let reader = Slow::new(Duration::ZERO);
+    let dataset = Dataset::open(reader.clone()).unwrap();
+    let blocks = dataset.manifest().rows(crate::data::Split::Train).div_ceil(8);
+    let batches = load(reader.clone(), LoaderPlan { threads: 4, ..plan() });
+    assert!(batches.last().unwrap().draws.last().unwrap().epoch > Epoch(0), "more than one epoch");
+    let fetches = reader.fetches.load(Ordering::SeqCst);
+    assert!(fetches <= blocks + 8, "{fetches} fetches of {blocks} blocks");
+}
+
+#[test]
+fn dropping_it_stops_at_once_even_in_the_middle_of_a_fetch() {
+    let dataset = Dataset::open(Slow::new(Duration::from_secs(3600))).unwrap();
+    let loader = Loader::start(dataset, plan()).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let dropped = Instant::now();
+    drop(loader);
+    assert!(dropped.elapsed() < Duration::from_secs(1), "{:?}", dropped.elapsed());
+}
+
+#[test]
+fn no_more_than_prefetch_is_prepared() {
+    let mut loader = Loader::start(Dataset::open(stored()).unwrap(), plan()).unwrap();
+    loader.next().unwrap().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let state = loader.shared.lock();
+    assert_eq!((state.next_given, state.next_taken), (1, 4));
+    assert_eq!(state.ready.len(), 3);
+}
+
+#[test]
+fn a_damaged_shard_ends_it_with_the_objects_name() {
+    let objects = stored();
+    let shard = "shards/train-00000.parquet";
+    let mut bytes = objects.bytes(shard).unwrap().to_vec();
+    let end = bytes.len() / 2;
+    bytes[..end].fill(0);
+    objects.replace(shard, bytes.into());
+    let mut loader = Loader::start(Dataset::open(objects).unwrap(), plan()).unwrap();
+    let error = loop {
+        match loader.next() {
+            Ok(batch) => assert!(batch.is_some(), "it ended without an error"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(&error, DataError::Damaged { object, .. } if object == shard), "{error}");
+    assert!(matches!(loader.next(), Err(DataError::Stopped)));
+}
+
+#[test]
+fn plans_that_cannot_be_are_refused() {
+    let start = |plan| Loader::start(Dataset::open(stored()).unwrap(), plan).map(|_| ());
+    let error = start(LoaderPlan { world: WorldSize(9), ..plan() }).unwrap_err();
+    assert!(matches!(error, DataError::Deal(_)), "{error}");
+    let error = start(LoaderPlan { labelled_patients: 7, ..plan() }).unwrap_err();
+    assert!(error.to_string().contains("6 labelled training patients"), "{error}");
+    assert!(start(LoaderPlan { labelled_patients: 0, ..plan() }).is_err());
+    assert!(start(LoaderPlan { prefetch: 0, ..plan() }).is_err());
+    // All patients labelled: the unlabelled pool is empty, and nothing is dealt from it.
+    let all = load(stored(), LoaderPlan { labelled_patients: 6, ..plan() });
+    assert!(all.iter().all(|batch| batch.n_unlabelled == 0 && batch.n_labelled == 3));
+}

@@ -1,0 +1,432 @@
+//! What a dataset says about itself: `manifest.json` and one index beside each shard.
+//!
+//! The chain of trust: the manifest holds the digest of every index, an index those of its shard's
+//! footer and row groups. The manifest itself is known by its own digest, which a run records.
+//! Pure parsing and checking; nothing is fetched here.
+//!
+//! Rows are numbered per split, in list order, from zero. The training split lists labelled
+//! volumes before unlabelled ones, so "the first K labelled patients" and "the rest" are both
+//! ranges of rows. All blocks (row groups) of a split hold `block_rows` rows, but the last one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::DataError;
+use crate::types::ObjectDigest;
+
+/// The newest format this program reads, and the one it writes.
+pub const FORMAT: u32 = 1;
+
+/// Where the manifest lies within a dataset.
+pub const MANIFEST_PATH: &str = "manifest.json";
+
+/// What a volume is for. Patients are never in two of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// Gradients come from these alone.
+    Train,
+    /// Chooses among checkpoints.
+    Val,
+    /// Looked at once.
+    Test,
+}
+
+impl Split {
+    /// All of them, in the order they are stored.
+    pub const ALL: [Self; 3] = [Self::Train, Self::Val, Self::Test];
+
+    /// Its name in paths and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Val => "val",
+            Self::Test => "test",
+        }
+    }
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A volume's place in [`Manifest::volumes`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct VolumeId(pub u32);
+
+/// One volume: slices of one patient at one time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VolumeEntry {
+    /// Unique name, such as `patient099_frame01`.
+    pub name: String,
+    /// Whose it is.
+    pub patient: String,
+    /// What it is for.
+    pub split: Split,
+    /// Whether its slices have labels.
+    pub labelled: bool,
+    /// Millimetres between voxels along (slice, row, column); absent where the source has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spacing_mm: Option<[f64; 3]>,
+    /// Voxel index to patient space, rows of a 4 x 4 matrix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affine: Option<[[f64; 4]; 4]>,
+    /// Row of its first slice within its split.
+    pub first_row: u64,
+    /// How many slices it has.
+    pub slices: u32,
+}
+
+impl VolumeEntry {
+    /// Its rows within its split.
+    pub fn rows(&self) -> Range<u64> {
+        self.first_row..self.first_row + u64::from(self.slices)
+    }
+}
+
+/// One Parquet object.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// The split all its rows belong to.
+    pub split: Split,
+    /// Path of the Parquet object.
+    pub object: String,
+    /// Length and hash of the whole object.
+    pub digest: ObjectDigest,
+    /// Rows in it.
+    pub rows: u64,
+    /// Path of its [`ShardIndex`].
+    pub index: String,
+    /// Length and hash of the index.
+    pub index_digest: ObjectDigest,
+}
+
+/// `manifest.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Format number; see [`FORMAT`].
+    pub format: u32,
+    /// What the dataset is called in reports.
+    pub name: String,
+    /// Class names by label value; the first is the background.
+    pub classes: Vec<String>,
+    /// Rows in a block, which is a Parquet row group.
+    pub block_rows: u64,
+    /// Shards, the splits one after the other, rows in order.
+    pub shards: Vec<ShardEntry>,
+    /// Volumes in list order.
+    pub volumes: Vec<VolumeEntry>,
+}
+
+/// One row group of a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupEntry {
+    /// Where its bytes start in the shard.
+    pub offset: u64,
+    /// Rows in it.
+    pub rows: u64,
+    /// Length and hash of its bytes.
+    pub digest: ObjectDigest,
+}
+
+/// Beside each shard: where its parts lie and what they hash to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardIndex {
+    /// Format number; see [`FORMAT`].
+    pub format: u32,
+    /// Path of the shard.
+    pub object: String,
+    /// Where the Parquet footer starts; it reaches to the end of the shard.
+    pub footer_offset: u64,
+    /// Length and hash of the footer.
+    pub footer_digest: ObjectDigest,
+    /// Row groups in order.
+    pub groups: Vec<GroupEntry>,
+}
+
+/// Refuses a newer format before the rest is parsed: a newer one may not parse at all.
+fn check_format(object: &str, bytes: &[u8]) -> Result<(), DataError> {
+    #[derive(Deserialize)]
+    struct Format {
+        format: u32,
+    }
+    let Format { format } =
+        serde_json::from_slice(bytes).map_err(|error| DataError::invalid(object, error))?;
+    match format {
+        0 => Err(DataError::invalid(object, "format 0 never existed")),
+        found if found > FORMAT => {
+            Err(DataError::NewerFormat { object: object.to_owned(), found, supported: FORMAT })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl ShardIndex {
+    /// Reads an index and checks it against the shard it is of.
+    pub fn parse(bytes: &[u8], shard: &ShardEntry, block_rows: u64) -> Result<Self, DataError> {
+        let object = shard.index.as_str();
+        check_format(object, bytes)?;
+        let index: Self =
+            serde_json::from_slice(bytes).map_err(|error| DataError::invalid(object, error))?;
+        let why = |why: &str| Err(DataError::invalid(object, why));
+        if index.object != shard.object {
+            return why("it is of another shard");
+        }
+        let mut end = 0;
+        for (number, group) in index.groups.iter().enumerate() {
+            let last = number + 1 == index.groups.len();
+            if group.rows == 0 || group.rows > block_rows || (!last && group.rows != block_rows) {
+                return why("its row groups are not uniform");
+            }
+            if group.offset < end {
+                return why("its row groups overlap");
+            }
+            end = group.offset.saturating_add(group.digest.bytes);
+        }
+        if index.groups.iter().map(|group| group.rows).sum::<u64>() != shard.rows {
+            return why("its rows are not those of the manifest");
+        }
+        if end > index.footer_offset
+            || index.footer_offset.checked_add(index.footer_digest.bytes)
+                != Some(shard.digest.bytes)
+        {
+            return why("its ranges do not fit the shard");
+        }
+        Ok(index)
+    }
+}
+
+impl Manifest {
+    /// Reads and checks `manifest.json`.
+    pub fn parse(bytes: &[u8]) -> Result<Self, DataError> {
+        check_format(MANIFEST_PATH, bytes)?;
+        let manifest: Self = serde_json::from_slice(bytes)
+            .map_err(|error| DataError::invalid(MANIFEST_PATH, error))?;
+        manifest.check().map_err(|why| DataError::invalid(MANIFEST_PATH, why))?;
+        Ok(manifest)
+    }
+
+    /// The bytes of `manifest.json`: the same for equal manifests.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, DataError> {
+        to_json(MANIFEST_PATH, self)
+    }
+
+    /// Rows of a split.
+    pub fn rows(&self, split: Split) -> u64 {
+        self.shards_of(split).map(|shard| shard.rows).sum()
+    }
+
+    /// Shards of a split, in row order.
+    pub fn shards_of(&self, split: Split) -> impl Iterator<Item = &ShardEntry> {
+        self.shards.iter().filter(move |shard| shard.split == split)
+    }
+
+    /// Volumes of a split, in list order.
+    pub fn volumes_of(&self, split: Split) -> impl Iterator<Item = (VolumeId, &VolumeEntry)> {
+        let numbered = self.volumes.iter().enumerate();
+        numbered
+            .map(|(id, volume)| (VolumeId(id as u32), volume))
+            .filter(move |(_, volume)| volume.split == split)
+    }
+
+    /// Patients of the training split that have labels, in list order.
+    pub fn labelled_patients(&self) -> Vec<&str> {
+        let mut patients: Vec<&str> = Vec::new();
+        for (_, volume) in self.volumes_of(Split::Train).filter(|(_, volume)| volume.labelled) {
+            if patients.last() != Some(&volume.patient.as_str()) {
+                patients.push(&volume.patient);
+            }
+        }
+        patients
+    }
+
+    /// The training rows used with labels (those of the first `patients` labelled patients), and
+    /// the rest, used without.
+    pub fn pools(&self, patients: u32) -> Result<(Range<u64>, Range<u64>), DataError> {
+        let all = self.labelled_patients();
+        let Some(chosen) = all.get(..patients as usize) else {
+            return Err(DataError::Unusable(format!(
+                "data.labelled = {patients}, but the dataset has {} labelled training patients",
+                all.len()
+            )));
+        };
+        let chosen: BTreeSet<&str> = chosen.iter().copied().collect();
+        let labelled = self
+            .volumes_of(Split::Train)
+            .filter(|(_, volume)| volume.labelled && chosen.contains(volume.patient.as_str()))
+            .map(|(_, volume)| u64::from(volume.slices))
+            .sum();
+        Ok((0..labelled, labelled..self.rows(Split::Train)))
+    }
+
+    /// What must hold for rows to mean anything; says what does not.
+    fn check(&self) -> Result<(), String> {
+        if self.block_rows == 0 || self.block_rows > MAX_BLOCK_ROWS {
+            return Err(format!("block_rows is {}, not 1..={MAX_BLOCK_ROWS}", self.block_rows));
+        }
+        if self.classes.len() < 2 || self.classes.len() > 256 {
+            return Err(format!("{} classes, not 2..=256", self.classes.len()));
+        }
+        self.check_shards()?;
+        self.check_volumes()?;
+        self.check_patients()
+    }
+
+    fn check_shards(&self) -> Result<(), String> {
+        for split in Split::ALL {
+            let shards: Vec<_> = self.shards_of(split).collect();
+            for (number, shard) in shards.iter().enumerate() {
+                let last = number + 1 == shards.len();
+                if shard.rows == 0 || (!last && !shard.rows.is_multiple_of(self.block_rows)) {
+                    return Err(format!("`{}` does not hold whole blocks", shard.object));
+                }
+                if shard.rows > u64::from(u32::MAX) {
+                    return Err(format!("`{}` claims {} rows", shard.object, shard.rows));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_volumes(&self) -> Result<(), String> {
+        let mut names = BTreeSet::new();
+        for split in Split::ALL {
+            let mut next = 0;
+            let mut unlabelled = false;
+            for (_, volume) in self.volumes_of(split) {
+                if !names.insert(&volume.name) {
+                    return Err(format!("two volumes are called `{}`", volume.name));
+                }
+                if volume.first_row != next || volume.slices == 0 {
+                    return Err(format!("the rows of `{}` are not next in line", volume.name));
+                }
+                next += u64::from(volume.slices);
+                if split == Split::Train && volume.labelled && unlabelled {
+                    return Err(format!("`{}` has labels, one before it has none", volume.name));
+                }
+                unlabelled |= !volume.labelled;
+            }
+            if next != self.rows(split) {
+                return Err(format!(
+                    "{split}: volumes have {next} rows, shards {}",
+                    self.rows(split)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_patients(&self) -> Result<(), String> {
+        let labelled = self.labelled_patients();
+        if labelled.iter().collect::<BTreeSet<_>>().len() != labelled.len() {
+            return Err("a labelled patient's volumes are not side by side".to_owned());
+        }
+        let mut split_of = BTreeMap::new();
+        for volume in &self.volumes {
+            let split = *split_of.entry(&volume.patient).or_insert(volume.split);
+            if split != volume.split {
+                let patient = &volume.patient;
+                return Err(format!("patient `{patient}` is in {split} and in {}", volume.split));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A block is what is decoded at once: more rows than this are no block.
+pub(crate) const MAX_BLOCK_ROWS: u64 = 4096;
+
+/// JSON for people and programs, with a newline at its end.
+pub(crate) fn to_json<T: Serialize>(object: &str, value: &T) -> Result<Vec<u8>, DataError> {
+    let mut bytes =
+        serde_json::to_vec_pretty(value).map_err(|error| DataError::invalid(object, error))?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn volume(name: &str, patient: &str, split: Split, labelled: bool, first: u64) -> VolumeEntry {
+        VolumeEntry {
+            name: name.to_owned(),
+            patient: patient.to_owned(),
+            split,
+            labelled,
+            spacing_mm: None,
+            affine: None,
+            first_row: first,
+            slices: 2,
+        }
+    }
+
+    fn shard(split: Split, rows: u64) -> ShardEntry {
+        let digest = ObjectDigest::of(b"x");
+        ShardEntry {
+            split,
+            object: format!("shards/{split}-00000.parquet"),
+            digest: digest.clone(),
+            rows,
+            index: format!("shards/{split}-00000.index.json"),
+            index_digest: digest,
+        }
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: FORMAT,
+            name: "test".to_owned(),
+            classes: vec!["background".to_owned(), "heart".to_owned()],
+            block_rows: 4,
+            shards: vec![shard(Split::Train, 8), shard(Split::Val, 2)],
+            volumes: vec![
+                volume("a1", "a", Split::Train, true, 0),
+                volume("b1", "b", Split::Train, true, 2),
+                volume("a2", "a", Split::Train, false, 4),
+                volume("c1", "c", Split::Train, false, 6),
+                volume("d1", "d", Split::Val, true, 0),
+            ],
+        }
+    }
+
+    fn refused(change: impl Fn(&mut Manifest)) -> String {
+        let mut manifest = manifest();
+        change(&mut manifest);
+        Manifest::parse(&manifest.to_bytes().unwrap()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn it_survives_a_round_trip_and_names_its_pools() {
+        let manifest = Manifest::parse(&manifest().to_bytes().unwrap()).unwrap();
+        assert_eq!(manifest, self::manifest());
+        assert_eq!(manifest.labelled_patients(), ["a", "b"]);
+        assert_eq!(manifest.pools(0).unwrap(), (0..0, 0..8));
+        assert_eq!(manifest.pools(1).unwrap(), (0..2, 2..8));
+        assert_eq!(manifest.pools(2).unwrap(), (0..4, 4..8));
+        assert!(matches!(manifest.pools(3), Err(DataError::Unusable(_))));
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_by_name_even_if_it_does_not_parse() {
+        let error = Manifest::parse(br#"{"format": 2, "fields": "unknown"}"#).unwrap_err();
+        assert!(matches!(error, DataError::NewerFormat { found: 2, supported: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn what_does_not_add_up_is_refused() {
+        assert!(refused(|m| m.volumes[4].patient = "a".into()).contains("patient `a`"));
+        assert!(refused(|m| m.volumes[1].first_row = 3).contains("next in line"));
+        assert!(refused(|m| m.volumes[0].labelled = false).contains("has labels"));
+        assert!(refused(|m| m.volumes[1].name = "a1".into()).contains("two volumes"));
+        assert!(refused(|m| m.shards[0].rows = 9).contains("rows"));
+        assert!(refused(|m| m.block_rows = 0).contains("block_rows"));
+        assert!(Manifest::parse(b"[]").is_err());
+    }
+}

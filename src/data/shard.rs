@@ -1,0 +1,324 @@
+//! One shard: Parquet bytes to slices and back. In memory only; nothing is fetched or verified.
+//!
+//! A row is a slice: `volume`, `slice`, `height`, `width`, `dtype`, `image` and `label` (bytes, row
+//! by row, little-endian; `label` null where there is none). zstd, no dictionaries: pixels do not
+//! repeat. A row group decodes from its own bytes and the footer, which is what `Parts` offers
+//! to the Parquet reader in place of a file.
+
+use std::sync::Arc;
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::UInt32Type;
+use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, UInt32Array};
+use arrow_schema::{DataType, Field, Schema};
+use bytes::{Buf, Bytes, buf::Reader};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+};
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::ParquetMetaData;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::reader::{ChunkReader, Length};
+
+use super::augment::Shape;
+use super::error::DataError;
+use super::manifest::{FORMAT, GroupEntry, ShardIndex};
+use crate::types::ObjectDigest;
+
+/// The only element type of stored images so far.
+const DTYPE: &str = "f32";
+
+/// No slice is larger: 64 Mi pixels.
+pub(crate) const MAX_SLICE_PIXELS: usize = 1 << 26;
+
+/// One slice as it is stored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SliceRow {
+    /// Its volume's place in the manifest.
+    pub volume: u32,
+    /// Its place in the volume, from zero.
+    pub slice: u32,
+    /// Height and width.
+    pub shape: Shape,
+    /// Intensities, row by row.
+    pub image: Vec<f32>,
+    /// Class of each pixel, where it is known.
+    pub label: Option<Vec<u8>>,
+}
+
+impl SliceRow {
+    /// Bytes of memory its pixels take.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.image.len() * size_of::<f32>() + self.label.as_ref().map_or(0, Vec::len)
+    }
+}
+
+/// A shard's bytes and the index that goes beside them.
+#[derive(Debug)]
+pub struct EncodedShard {
+    /// The Parquet object.
+    pub bytes: Bytes,
+    /// Where its parts lie.
+    pub index: ShardIndex,
+}
+
+fn schema() -> Arc<Schema> {
+    Arc::new(Schema::new(vec![
+        Field::new("volume", DataType::UInt32, false),
+        Field::new("slice", DataType::UInt32, false),
+        Field::new("height", DataType::UInt32, false),
+        Field::new("width", DataType::UInt32, false),
+        Field::new("dtype", DataType::Utf8, false),
+        Field::new("image", DataType::Binary, false),
+        Field::new("label", DataType::Binary, true),
+    ]))
+}
+
+/// Encodes `rows` as the shard `object`, a row group for every `block_rows` of them.
+pub fn encode(
+    object: &str,
+    rows: &[SliceRow],
+    block_rows: usize,
+    zstd_level: i32,
+) -> Result<EncodedShard, DataError> {
+    let bad = |error: ParquetError| DataError::invalid(object, error);
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(zstd_level).map_err(bad)?))
+        .set_dictionary_enabled(false)
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_offset_index_disabled(true)
+        .set_max_row_group_row_count(Some(block_rows))
+        .build();
+    let mut bytes = Vec::new();
+    let mut writer = ArrowWriter::try_new(&mut bytes, schema(), Some(properties)).map_err(bad)?;
+    for block in rows.chunks(block_rows) {
+        let batch = to_batch(block).map_err(|error| DataError::invalid(object, error))?;
+        writer.write(&batch).map_err(bad)?;
+        writer.flush().map_err(bad)?;
+    }
+    let metadata = writer.close().map_err(bad)?;
+    let bytes = Bytes::from(bytes);
+    let index = index_of(object, &bytes, &metadata)?;
+    Ok(EncodedShard { bytes, index })
+}
+
+fn to_batch(rows: &[SliceRow]) -> Result<RecordBatch, arrow_schema::ArrowError> {
+    let numbers = |of: fn(&SliceRow) -> u32| -> ArrayRef {
+        Arc::new(rows.iter().map(|row| Some(of(row))).collect::<UInt32Array>())
+    };
+    let images: Vec<Vec<u8>> = rows
+        .iter()
+        .map(|row| row.image.iter().flat_map(|value| value.to_le_bytes()).collect())
+        .collect();
+    let labels: Vec<Option<&[u8]>> = rows.iter().map(|row| row.label.as_deref()).collect();
+    let columns: Vec<ArrayRef> = vec![
+        numbers(|row| row.volume),
+        numbers(|row| row.slice),
+        numbers(|row| row.shape.0 as u32),
+        numbers(|row| row.shape.1 as u32),
+        Arc::new(StringArray::from(vec![DTYPE; rows.len()])),
+        Arc::new(BinaryArray::from_iter_values(&images)),
+        Arc::new(BinaryArray::from_opt_vec(labels)),
+    ];
+    RecordBatch::try_new(schema(), columns)
+}
+
+/// The byte ranges of the row groups, from the metadata just written.
+fn index_of(
+    object: &str,
+    bytes: &Bytes,
+    metadata: &ParquetMetaData,
+) -> Result<ShardIndex, DataError> {
+    let mut groups = Vec::with_capacity(metadata.num_row_groups());
+    let mut end = 0;
+    for group in metadata.row_groups() {
+        let ranges = group.columns().iter().map(|column| column.byte_range());
+        let start = ranges.clone().map(|(start, _)| start).min().unwrap_or(end);
+        end = ranges.map(|(start, len)| start + len).max().unwrap_or(end);
+        groups.push(GroupEntry {
+            offset: start,
+            rows: group.num_rows().unsigned_abs(),
+            digest: ObjectDigest::of(&bytes[start as usize..end as usize]),
+        });
+    }
+    Ok(ShardIndex {
+        format: FORMAT,
+        object: object.to_owned(),
+        footer_offset: end,
+        footer_digest: ObjectDigest::of(&bytes[end as usize..]),
+        groups,
+    })
+}
+
+/// A shard of which only some byte ranges are in memory.
+#[derive(Debug, Clone)]
+struct Parts {
+    len: u64,
+    parts: [(u64, Bytes); 2],
+}
+
+impl Parts {
+    fn tail_of_part(&self, start: u64) -> Result<Bytes, ParquetError> {
+        for (offset, bytes) in &self.parts {
+            if start >= *offset && start - offset < bytes.len() as u64 {
+                return Ok(bytes.slice((start - offset) as usize..));
+            }
+        }
+        Err(ParquetError::EOF(format!("byte {start} is outside of what was fetched")))
+    }
+}
+
+impl Length for Parts {
+    fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+impl ChunkReader for Parts {
+    type T = Reader<Bytes>;
+
+    fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
+        Ok(self.tail_of_part(start)?.reader())
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
+        let tail = self.tail_of_part(start)?;
+        if tail.len() < length {
+            return Err(ParquetError::EOF(format!("{length} bytes at {start} were not fetched")));
+        }
+        Ok(tail.slice(..length))
+    }
+}
+
+/// A shard's footer, parsed once, from which any of its row groups can be decoded.
+#[derive(Debug, Clone)]
+pub struct ShardFooter {
+    object: String,
+    shard_bytes: u64,
+    footer: (u64, Bytes),
+    metadata: ArrowReaderMetadata,
+}
+
+impl ShardFooter {
+    /// Parses the (verified) bytes of the footer that `index` describes.
+    pub fn parse(index: &ShardIndex, footer: Bytes) -> Result<Self, DataError> {
+        let shard_bytes = index.footer_offset + footer.len() as u64;
+        let footer = (index.footer_offset, footer);
+        let parts = Parts { len: shard_bytes, parts: [footer.clone(), (0, Bytes::new())] };
+        let metadata = ArrowReaderMetadata::load(&parts, ArrowReaderOptions::new())
+            .map_err(|error| DataError::invalid(&index.object, error))?;
+        if metadata.metadata().num_row_groups() != index.groups.len() {
+            return Err(DataError::invalid(&index.object, "its index has other row groups"));
+        }
+        if metadata.schema().fields() != schema().fields() {
+            return Err(DataError::invalid(&index.object, "its columns are not those of a shard"));
+        }
+        Ok(Self { object: index.object.clone(), shard_bytes, footer, metadata })
+    }
+
+    /// Decodes row group `number`, which `entry` describes, from its (verified) bytes.
+    pub fn decode(
+        &self,
+        number: usize,
+        entry: &GroupEntry,
+        bytes: Bytes,
+    ) -> Result<Vec<SliceRow>, DataError> {
+        let parts =
+            Parts { len: self.shard_bytes, parts: [(entry.offset, bytes), self.footer.clone()] };
+        let bad = |error: &dyn std::fmt::Display| DataError::invalid(&self.object, error);
+        let reader =
+            ParquetRecordBatchReaderBuilder::new_with_metadata(parts, self.metadata.clone())
+                .with_row_groups(vec![number])
+                .with_batch_size(entry.rows as usize)
+                .build()
+                .map_err(|error| bad(&error))?;
+        let mut rows = Vec::with_capacity(entry.rows as usize);
+        for batch in reader {
+            let batch = batch.map_err(|error| bad(&error))?;
+            for row in 0..batch.num_rows() {
+                rows.push(row_of(&batch, row).map_err(|why| bad(&why))?);
+            }
+        }
+        if rows.len() as u64 != entry.rows {
+            return Err(bad(&"a row group does not have the rows its index says"));
+        }
+        Ok(rows)
+    }
+}
+
+fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
+    let number = |column: usize| batch.column(column).as_primitive::<UInt32Type>().value(row);
+    let shape = (number(2) as usize, number(3) as usize);
+    let dtype = batch.column(4).as_string::<i32>().value(row);
+    if dtype != DTYPE {
+        return Err(format!("images of type `{dtype}` are not known"));
+    }
+    let pixels = shape.0.saturating_mul(shape.1);
+    let image = batch.column(5).as_binary::<i32>().value(row);
+    if pixels == 0 || pixels > MAX_SLICE_PIXELS || image.len() != pixels * size_of::<f32>() {
+        return Err(format!("{} bytes are no image of {shape:?}", image.len()));
+    }
+    let (words, _) = image.as_chunks::<4>();
+    let labels = batch.column(6);
+    let label = (!labels.is_null(row)).then(|| labels.as_binary::<i32>().value(row).to_vec());
+    if label.as_ref().is_some_and(|label| label.len() != pixels) {
+        return Err(format!("a label is not of shape {shape:?}"));
+    }
+    Ok(SliceRow {
+        volume: number(0),
+        slice: number(1),
+        shape,
+        image: words.iter().map(|word| f32::from_le_bytes(*word)).collect(),
+        label,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(count: u32) -> Vec<SliceRow> {
+        (0..count)
+            .map(|n| {
+                let shape = (3 + n as usize % 4, 5);
+                let pixels = shape.0 * shape.1;
+                SliceRow {
+                    volume: n / 4,
+                    slice: n % 4,
+                    shape,
+                    image: (0..pixels).map(|p| (p as f32 + n as f32).sin()).collect(),
+                    label: (n % 3 != 0).then(|| vec![n as u8; pixels]),
+                }
+            })
+            .collect()
+    }
+
+    #[test]
+    fn each_row_group_decodes_from_its_own_range_and_the_footer() {
+        let rows = rows(11);
+        let shard = encode("shards/x.parquet", &rows, 4, 1).unwrap();
+        let sizes: Vec<u64> = shard.index.groups.iter().map(|group| group.rows).collect();
+        assert_eq!(sizes, [4, 4, 3]);
+        let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+        let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+        for (number, group) in shard.index.groups.iter().enumerate() {
+            let start = group.offset as usize;
+            let bytes = shard.bytes.slice(start..start + group.digest.bytes as usize);
+            assert!(group.digest.matches(&bytes));
+            let decoded = footer.decode(number, group, bytes).unwrap();
+            assert_eq!(decoded, rows[number * 4..(number * 4 + 4).min(11)]);
+        }
+    }
+
+    #[test]
+    fn a_foreign_footer_is_an_error() {
+        let shard = encode("shards/x.parquet", &rows(4), 4, 1).unwrap();
+        let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+        assert!(ShardFooter::parse(&shard.index, footer.slice(1..)).is_err());
+        let mut index = shard.index.clone();
+        index.groups.clear();
+        assert!(ShardFooter::parse(&index, footer).is_err());
+    }
+}

@@ -18,6 +18,7 @@ pub mod report;
 pub mod sampler;
 pub mod shard;
 pub mod source;
+mod stored;
 pub mod synth;
 pub mod write;
 

@@ -1,1 +1,159 @@
-//! (being written)
+//! The trainer: one process per device, and the training loop, readable top to bottom in [`run`].
+//!
+//! It does what its assignment says and reports to its agent by JSON lines on stdout. Not here:
+//! who trains with whom (the coordinator), what a sample is (`data`), what a loss is (`loss`).
+
+mod error;
+mod orders;
+mod persist;
+mod ranks;
+mod schedule;
+mod setup;
+mod validate;
+
+pub use error::TrainerError;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use tch::{Kind, Tensor};
+
+use crate::bridge::ops;
+use crate::data::Batch;
+use crate::eval::report::{Record, StepRecord};
+use crate::loss::{Counts, StepLoss, TERMS};
+use crate::model::{Draws, Heads};
+use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
+use crate::telemetry::{Guard, Phase, StepTrace};
+use crate::types::Step;
+use orders::{Orders, emit};
+use ranks::Tail;
+use setup::Trainer;
+
+/// Trains until the run is complete (0) or a stop was ordered (75).
+///
+/// # Errors
+/// [`TrainerError`]; what can be done about it is its variant.
+pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerError> {
+    let orders = Orders::listen();
+    let mut t = Trainer::prepare(assignment)?;
+    emit(&TrainerEvent::Ready { step: t.step });
+
+    while t.step < t.total {
+        let started = Instant::now();
+        let mut trace = StepTrace::begin(telemetry.span(), t.step, t.rank);
+        let Some(batch) = trace.phase(Phase::DataWait, || t.loader.next())? else { break };
+        let weights = t.schedule.at(t.step);
+        let heads = if weights.needs_aux() { Heads::All } else { Heads::Main };
+        t.reduce_over(heads)?;
+
+        let (images, labels) = tensors(&batch, t.patch)?;
+        let draws = Draws::keyed(t.seed, t.step.0, u64::from(t.rank.0));
+        let outputs =
+            trace.phase(Phase::Forward, || t.net.forward_train(&images, &draws, heads, None))?;
+        let counts = t.counts();
+        let loss = trace.phase(Phase::Loss, || {
+            t.objective.step(&outputs, &labels, &weights, &counts, &t.ranks)
+        })?;
+        // Loss terms and votes travel while the gradients do.
+        let tail = Tail::start(&loss, orders.stop_wanted(), &t.ranks)?;
+        trace.phase(Phase::Backward, || t.backward(&loss))?;
+        let tail = trace.phase(Phase::AllReduceWait, || tail.wait())?;
+        trace.phase(Phase::Optimiser, || t.apply(outputs.statistics))?;
+
+        t.step = t.step.next();
+        let waited = trace.spent(Phase::DataWait).as_secs_f64();
+        let took = started.elapsed().as_secs_f64().max(1e-9);
+        report(&mut t, &tail, &counts, weights.kd_aux, took, waited / took)?;
+        if t.step.0.is_multiple_of(t.config.validate.every) || t.step == t.total {
+            validate::validate(&mut t)?;
+        }
+        let due = t.step.0.is_multiple_of(t.config.checkpoint.every) || t.step == t.total;
+        if due || tail.stop {
+            trace.phase(Phase::CheckpointHold, || persist::checkpoint(&t))?;
+        }
+        if tail.stop && t.step < t.total {
+            t.flush()?;
+            return Ok(EXIT_RESUMABLE);
+        }
+    }
+    t.flush()?;
+    persist::final_report(&mut t)?;
+    Ok(EXIT_DONE)
+}
+
+impl Trainer {
+    /// Gradients of every parameter, averaged over the ranks when this returns.
+    fn backward(&mut self, loss: &StepLoss) -> Result<(), TrainerError> {
+        if let Some(reducer) = &mut self.reducer {
+            reducer.prepare_for_backward()?;
+        }
+        Ok(ops::backward(&loss.roots, &loss.grads)?)
+    }
+
+    /// Commits the step: parameters, momentum and running statistics change here and nowhere else.
+    fn apply(&mut self, statistics: crate::model::Statistics) -> Result<(), TrainerError> {
+        self.sgd.step(self.net.params())?;
+        statistics.commit()?;
+        self.clear_gradients()
+    }
+
+    /// What all ranks have in a batch together.
+    fn counts(&self) -> Counts {
+        let batch = &self.config.batch;
+        let (labelled, unlabelled) = (u64::from(batch.labelled), u64::from(batch.unlabelled));
+        Counts { world: self.world.0, labelled, samples: labelled + unlabelled }
+    }
+}
+
+/// `[N, 1, H, W]` float32 images and `[N_l, H, W]` uint8 labels of a batch.
+fn tensors(batch: &Batch, (h, w): (usize, usize)) -> Result<(Tensor, Tensor), TrainerError> {
+    let n = (batch.n_labelled + batch.n_unlabelled) as i64;
+    let (h, w) = (h as i64, w as i64);
+    let images = Tensor::f_from_slice(&batch.images)?.f_view([n, 1, h, w])?;
+    let labels = if batch.n_labelled == 0 {
+        Tensor::f_zeros([0, h, w], (Kind::Uint8, tch::Device::Cpu))?
+    } else {
+        Tensor::f_from_slice(&batch.labels)?.f_view([batch.n_labelled as i64, h, w])?
+    };
+    Ok((images, labels))
+}
+
+/// Tells the agent, and remembers for the report.
+fn report(
+    t: &mut Trainer,
+    tail: &ranks::TailSums,
+    counts: &Counts,
+    consistency_weight: f64,
+    took_s: f64,
+    data_wait: f64,
+) -> Result<(), TrainerError> {
+    let terms: BTreeMap<String, f64> =
+        TERMS.iter().zip(&tail.terms).map(|(name, value)| ((*name).to_owned(), *value)).collect();
+    let total = terms.get("total").copied().unwrap_or(f64::NAN);
+    if !total.is_finite() {
+        return Err(TrainerError::Diverged { step: t.step, total });
+    }
+    if t.rank.0 != 0 {
+        return Ok(());
+    }
+    let images_per_s = counts.samples as f64 / took_s;
+    emit(&TrainerEvent::Step {
+        step: t.step,
+        total: t.total,
+        terms: terms.clone(),
+        images_per_s,
+        data_wait,
+    });
+    if t.step.0.is_multiple_of(t.record_every) || t.step == Step(1) || t.step == t.total {
+        t.history.push(Record::Step(StepRecord {
+            step: t.step.0,
+            losses: terms,
+            lr: t.config.train.lr,
+            consistency_weight,
+            images_per_s,
+            data_wait_share: data_wait,
+        }));
+    }
+    Ok(())
+}

@@ -1,0 +1,36 @@
+//! A dataset in an object store: [`Store`] as the reader and writer that datasets use.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+
+use super::source::{ObjectReader, ObjectWriter, SourceError};
+use crate::store::{Store, StoreError};
+
+impl From<StoreError> for SourceError {
+    fn from(error: StoreError) -> Self {
+        if error.is_not_found() { Self::NotFound } else { Self::Other(Box::new(error)) }
+    }
+}
+
+impl ObjectReader for Store {
+    fn get<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        async move { Ok(Store::get(self, path).await?) }.boxed()
+    }
+
+    fn get_range<'a>(
+        &'a self,
+        path: &'a str,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
+        async move { Ok(Store::get_range(self, path, range).await?) }.boxed()
+    }
+}
+
+impl ObjectWriter for Store {
+    fn put<'a>(&'a self, path: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), SourceError>> {
+        async move { Ok(Store::put(self, path, bytes).await?) }.boxed()
+    }
+}

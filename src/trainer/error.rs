@@ -1,0 +1,78 @@
+//! Why a trainer stops, by what can be done about it.
+
+use crate::bridge::ops::OpError;
+use crate::checkpoint::CheckpointError;
+use crate::collective::CollectiveError;
+use crate::config::ConfigError;
+use crate::data::DataError;
+use crate::loss::LossError;
+use crate::model::ModelError;
+use crate::proto::{EXIT_FAILED, EXIT_USAGE};
+use crate::store::StoreError;
+use crate::types::Step;
+
+/// Why a trainer stops.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainerError {
+    /// The configuration cannot be used: the user's to mend.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A resumed run differs in what may not change: the user's to mend.
+    #[error("checkpoint {step} was made with another {what}; use another --run, or the old settings")]
+    Mismatch {
+        /// The checkpoint.
+        step: Step,
+        /// What differs.
+        what: &'static str,
+    },
+    /// A peer or its store was lost: the generation ends.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// Data cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The run's store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A checkpoint could not be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The network refused.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The loss refused.
+    #[error(transparent)]
+    Loss(#[from] LossError),
+    /// A bridge call failed.
+    #[error(transparent)]
+    Op(#[from] OpError),
+    /// libtorch failed.
+    #[error(transparent)]
+    Torch(#[from] tch::TchError),
+    /// Evaluation or the report failed.
+    #[error("{0}")]
+    Report(String),
+    /// The operating system refused.
+    #[error("{0}")]
+    System(#[from] std::io::Error),
+    /// The loss is no number any more.
+    #[error("the loss is {total} after step {step}: lower train.lr, or look at the data")]
+    Diverged {
+        /// After this step.
+        step: Step,
+        /// What it is.
+        total: f64,
+    },
+}
+
+impl TrainerError {
+    /// The process's exit status.
+    #[must_use]
+    pub fn exit_status(&self) -> i32 {
+        match self {
+            Self::Config(_) | Self::Mismatch { .. } => EXIT_USAGE,
+            _ => EXIT_FAILED,
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! What outlives a trainer: checkpoints, and the report at the end.
+
+use std::collections::BTreeMap;
+
+use safetensors::Dtype;
+use serde_json::json;
+
+use super::TrainerError;
+use super::setup::Trainer;
+use super::validate;
+use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
+use crate::eval::report::{self, Record, ReportInputs, RunHistory};
+use crate::model::{DbpNet, HostTensor, ModelError, Sgd};
+use crate::types::Step;
+
+/// Hands a copy of the state to the writer; the upload runs beside training. Rank 0 only: every
+/// rank has the same weights, and rank 0's running statistics are the run's.
+pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
+    let Some(writer) = &t.writer else { return Ok(()) };
+    let mut lines = Vec::new();
+    let records = (t.history.steps.iter().cloned().map(Record::Step))
+        .chain(t.history.validations.iter().cloned().map(Record::Validation))
+        .chain(t.history.events.iter().cloned().map(Record::Event));
+    for record in records {
+        let line = record.to_line().map_err(|e| TrainerError::Report(e.to_string()))?;
+        lines.extend_from_slice(&line);
+    }
+    let batch = &t.config.batch;
+    Ok(writer.submit(Snapshot {
+        step: t.step,
+        world_size: t.world,
+        threads: t.threads,
+        position: Position {
+            labelled: t.step.0 * u64::from(batch.labelled),
+            unlabelled: t.step.0 * u64::from(batch.unlabelled),
+        },
+        model: named(t.net.params().to_host()?)?,
+        optimizer: named(t.sgd.to_host()?)?,
+        state: TrainState(json!({ "history": String::from_utf8_lossy(&lines) })),
+        best: t.history.best().map(|best| Step(best.step)),
+    })?)
+}
+
+/// Puts a checkpoint's state in force.
+pub fn restore(
+    checkpoint: &Checkpoint,
+    net: &DbpNet,
+    sgd: &mut Sgd,
+    history: &mut RunHistory,
+) -> Result<(), TrainerError> {
+    net.params().load_host(&unnamed(&checkpoint.model)?)?;
+    sgd.load_host(net.params(), &unnamed(&checkpoint.optimizer)?)?;
+    if let Some(lines) = checkpoint.state.0.get("history").and_then(|h| h.as_str()) {
+        *history = RunHistory::from_json_lines(lines.as_bytes());
+    }
+    Ok(())
+}
+
+/// Rank 0 writes the report into the run.
+pub fn final_report(t: &mut Trainer) -> Result<(), TrainerError> {
+    if t.summary.is_none() {
+        // A complete run that was started again: its validation is made once more.
+        validate::validate(t)?;
+    }
+    if t.rank.0 != 0 {
+        return Ok(());
+    }
+    let overlays = validate::overlays(t)?;
+    let config = toml::to_string(&t.config).map_err(|e| TrainerError::Report(e.to_string()))?;
+    let names = validate::class_names(t);
+    let environment = [
+        ("workers".to_owned(), t.world.to_string()),
+        ("threads per worker".to_owned(), t.threads.to_string()),
+        ("backend".to_owned(), "gloo, CPU".to_owned()),
+        ("cpcr".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+    ];
+    let files = report::render(&ReportInputs {
+        name: &t.config.name,
+        run_url: t.run.url(),
+        data_url: t.config.data.url.as_deref().unwrap_or_default(),
+        history: &t.history,
+        summary: t.summary.as_ref(),
+        class_names: &names,
+        config: &config,
+        environment: &environment,
+        overlays: &overlays,
+    })
+    .map_err(|e| TrainerError::Report(e.to_string()))?;
+    t.runtime.block_on(async {
+        for (path, bytes) in files {
+            t.run.put(&path, bytes.into()).await?;
+        }
+        Ok::<_, TrainerError>(())
+    })
+}
+
+const DTYPES: [(&str, Dtype); 2] = [("F32", Dtype::F32), ("I64", Dtype::I64)];
+
+fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
+    let dtypes = BTreeMap::from(DTYPES);
+    tensors
+        .into_iter()
+        .map(|t| {
+            let dtype = *dtypes
+                .get(t.dtype.as_str())
+                .ok_or_else(|| ModelError::Input(format!("{}: dtype {}", t.name, t.dtype)))?;
+            let host =
+                checkpoint::HostTensor { dtype, shape: t.shape, bytes: t.bytes.into() };
+            Ok((t.name, host))
+        })
+        .collect()
+}
+
+fn unnamed(tensors: &NamedTensors) -> Result<Vec<HostTensor>, TrainerError> {
+    tensors
+        .iter()
+        .map(|(name, t)| {
+            let (dtype, _) = DTYPES
+                .iter()
+                .find(|(_, dtype)| *dtype == t.dtype)
+                .ok_or_else(|| ModelError::Input(format!("{name}: dtype {:?}", t.dtype)))?;
+            Ok(HostTensor {
+                name: name.clone(),
+                dtype: (*dtype).to_owned(),
+                shape: t.shape.clone(),
+                bytes: t.bytes.to_vec(),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,100 @@
+//! What ranks tell each other beside gradients: Dice sums, loss terms, votes, scores.
+//!
+//! All of it on a process group of its own, in the same order on every rank, so that it never
+//! waits behind the Reducer's buckets.
+
+use tch::{Device, Kind, Tensor};
+
+use super::TrainerError;
+use crate::bridge::ops::SumOverRanks;
+use crate::collective::{ProcessGroup, ReduceOp, Work};
+use crate::loss::{StepLoss, TERMS};
+
+/// The side group; `None` when there is one rank only.
+#[derive(Debug)]
+pub struct Ranks(pub Option<ProcessGroup>);
+
+impl SumOverRanks for Ranks {
+    fn sum_in_place(&self, tensor: &Tensor) -> Result<(), String> {
+        match &self.0 {
+            Some(group) => group.all_reduce(tensor, ReduceOp::Sum).map_err(|e| e.to_string()),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Ranks {
+    /// Every rank's bytes, in rank order.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, TrainerError> {
+        let Some(group) = &self.0 else { return Ok(vec![bytes.to_vec()]) };
+        let length = Tensor::f_from_slice(&[bytes.len() as i64])?;
+        let lengths: Vec<i64> = group
+            .all_gather(&length)?
+            .iter()
+            .map(|t| t.f_int64_value(&[0]))
+            .collect::<Result<_, _>>()?;
+        let longest = lengths.iter().copied().max().unwrap_or(0).max(1);
+        let mut padded = bytes.to_vec();
+        padded.resize(usize::try_from(longest).unwrap_or(0), 0);
+        let all = group.all_gather(&Tensor::f_from_slice(&padded)?)?;
+        let mut parts = Vec::with_capacity(all.len());
+        for (tensor, length) in all.iter().zip(lengths) {
+            let mut part: Vec<u8> = Vec::<u8>::try_from(tensor)?;
+            part.truncate(usize::try_from(length).unwrap_or(0));
+            parts.push(part);
+        }
+        Ok(parts)
+    }
+}
+
+/// The small all-reduce at a step's end: loss terms, and a vote on stopping.
+///
+/// Every rank reads the same sums after the same step, so all stop at the same one.
+#[derive(Debug)]
+pub struct Tail {
+    sums: Tensor,
+    work: Option<Work>,
+}
+
+/// What the ranks said together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TailSums {
+    /// [`TERMS`] of the whole batch.
+    pub terms: Vec<f64>,
+    /// Whether any rank wants to stop.
+    pub stop: bool,
+}
+
+impl Tail {
+    /// Starts it; the backward pass runs meanwhile.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn start(loss: &StepLoss, stop: bool, ranks: &Ranks) -> Result<Self, TrainerError> {
+        let vote = Tensor::f_from_slice(&[f64::from(u8::from(stop))])?;
+        let terms = loss.terms.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+        let sums = Tensor::f_cat(&[terms, vote], 0)?;
+        let work = match &ranks.0 {
+            Some(group) => Some(group.start_all_reduce(&sums, ReduceOp::Sum)?),
+            None => None,
+        };
+        Ok(Self { sums, work })
+    }
+
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn wait(self) -> Result<TailSums, TrainerError> {
+        if let Some(work) = self.work {
+            work.wait()?;
+        }
+        let mut terms: Vec<f64> = Vec::<f64>::try_from(&self.sums)?;
+        let stop = terms.pop().is_some_and(|votes| votes > 0.0);
+        debug_assert_eq!(terms.len(), TERMS.len());
+        Ok(TailSums { terms, stop })
+    }
+}

@@ -1,0 +1,259 @@
+//! From an assignment to a trainer that is ready for its next step.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tch::{Device, Tensor};
+use tokio::runtime::Runtime;
+
+use super::TrainerError;
+use super::ranks::Ranks;
+use super::schedule::Schedule;
+use crate::bridge::ops;
+use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions, load_latest};
+use crate::collective::{ProcessGroup, Reducer, Rendezvous};
+use crate::config::{self, ConfigSource, RunConfig, UpMode};
+use crate::data::{Dataset, Loader, LoaderPlan};
+use crate::eval::Summary;
+use crate::eval::report::{Record, RunEvent, RunHistory};
+use crate::loss::Objective;
+use crate::model::{self, DbpNet, DbpNetConfig, Heads, Layout, Sgd};
+use crate::proto::Assignment;
+use crate::store::{Store, StoreOptions};
+use crate::types::{Rank, Step, WorldSize};
+
+/// Size of a gradient bucket. The network has 10 MB of gradients: several buckets, so that their
+/// communication hides behind the backward pass.
+const BUCKET_BYTES: usize = 2 << 20;
+/// Step records that a history keeps at most.
+const RECORDS_MAX: u64 = 2000;
+
+/// Everything that the loop works with.
+pub struct Trainer {
+    pub(super) config: RunConfig,
+    pub(super) rank: Rank,
+    pub(super) world: WorldSize,
+    pub(super) threads: u32,
+    pub(super) seed: u64,
+    pub(super) patch: (usize, usize),
+    pub(super) step: Step,
+    pub(super) total: Step,
+    pub(super) record_every: u64,
+    pub(super) net: DbpNet,
+    pub(super) sgd: Sgd,
+    pub(super) objective: Objective,
+    pub(super) schedule: Schedule,
+    pub(super) loader: Loader,
+    pub(super) dataset: Dataset,
+    pub(super) history: RunHistory,
+    pub(super) summary: Option<Summary>,
+    pub(super) run: Store,
+    pub(super) writer: Option<Writer>,
+    pub(super) ranks: Ranks,
+    /// The group that gradients travel on; `None` for one rank.
+    pub(super) gradients: Option<ProcessGroup>,
+    pub(super) reducer: Option<Reducer>,
+    reduced: Option<Heads>,
+    // Last, so that it outlives everything that does I/O on it.
+    pub(super) runtime: Runtime,
+}
+
+impl Trainer {
+    /// Reads the run, forms the group, restores the newest checkpoint.
+    pub(super) fn prepare(assignment: &Assignment) -> Result<Self, TrainerError> {
+        tch::set_num_threads(i32::try_from(assignment.threads).unwrap_or(1));
+        tch::set_num_interop_threads(1);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        let run = Store::open(&assignment.run, &StoreOptions::default())?;
+        let text = runtime.block_on(run.get("config.toml"))?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let config = config::load(&ConfigSource::Text(text), &[])?;
+        let data = config.data.url.clone().unwrap_or_default();
+        let store = Store::open(&data, &StoreOptions::default().existing())?;
+        let dataset = Dataset::open(Arc::new(store))?;
+        let checkpoint = runtime.block_on(load_latest(&run))?;
+
+        let classes = dataset.manifest().classes.len() as i64;
+        let net = DbpNet::new(network(&config, classes), Device::Cpu, config.train.seed)?;
+        let train = &config.train;
+        let mut sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
+        let mut history = RunHistory::default();
+        let mut step = Step(0);
+        if let Some(checkpoint) = checkpoint {
+            step = checkpoint.manifest.step;
+            check_identity(&checkpoint.manifest, &config, &dataset)?;
+            super::persist::restore(&checkpoint, &net, &mut sgd, &mut history)?;
+            let world = assignment.world.0;
+            history.push(Record::Event(RunEvent::Resumed { step: step.0, world }));
+        }
+        let total = Step(config.train.iterations);
+        let loader = Loader::start(dataset.clone(), loader_plan(&config, assignment, step, total))?;
+        let schedule =
+            Schedule::new(&config.loss, config.method, loader.deal().labelled_epoch_steps());
+        let objective = Objective { temperature: config.loss.temperature, ..Objective::default() };
+        let writer = match assignment.rank {
+            Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
+            _ => None,
+        };
+        let (gradients, side) = groups(assignment, &config)?;
+        let patch = config.patch_size as usize;
+        Ok(Self {
+            rank: assignment.rank,
+            world: assignment.world,
+            threads: assignment.threads,
+            seed: config.train.seed,
+            patch: (patch, patch),
+            step,
+            total,
+            record_every: (total.0 / RECORDS_MAX).max(1),
+            net,
+            sgd,
+            objective,
+            schedule,
+            loader,
+            dataset,
+            history,
+            summary: None,
+            run,
+            writer,
+            ranks: Ranks(side),
+            gradients,
+            reducer: None,
+            reduced: None,
+            config,
+            runtime,
+        })
+    }
+
+    /// Has gradients averaged over the ranks for just the parameters that get one with `heads`.
+    pub(super) fn reduce_over(&mut self, heads: Heads) -> Result<(), TrainerError> {
+        let Some(group) = &self.gradients else { return Ok(()) };
+        if self.reduced == Some(heads) {
+            return Ok(());
+        }
+        self.reducer = None;
+        self.clear_gradients()?;
+        let trained = self.net.trained(heads);
+        let parameters: Vec<Tensor> = trained
+            .iter()
+            .filter_map(|name| self.net.params().get(name))
+            .map(Tensor::shallow_clone)
+            .collect();
+        self.reducer = Some(Reducer::new(&parameters, group, BUCKET_BYTES)?);
+        self.reduced = Some(heads);
+        Ok(())
+    }
+
+    /// Unsets every gradient.
+    pub(super) fn clear_gradients(&self) -> Result<(), TrainerError> {
+        let all: Vec<Tensor> =
+            self.net.params().parameters().map(|(_, t)| t.shallow_clone()).collect();
+        Ok(ops::grads_to_none(&all)?)
+    }
+
+    /// Waits until every checkpoint is committed, and tells the agent of them.
+    pub(super) fn flush(&self) -> Result<(), TrainerError> {
+        if let Some(writer) = &self.writer {
+            for outcome in writer.flush()? {
+                tracing::info!(?outcome, "checkpoint");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The network that a configuration asks for.
+fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
+    let up = |mode| match mode {
+        UpMode::Transposed => model::UpMode::Transposed,
+        UpMode::Bilinear => model::UpMode::Bilinear,
+        UpMode::Nearest => model::UpMode::Nearest,
+        UpMode::Bicubic => model::UpMode::Bicubic,
+    };
+    DbpNetConfig {
+        in_channels: 1,
+        classes,
+        widths: config.model.widths.map(i64::from),
+        up: config.model.up.map(up),
+        dropout: config.model.dropout,
+        layout: Layout::ChannelsLast,
+        precision: match config.train.precision {
+            config::Precision::Bf16 => model::Precision::Bf16,
+            config::Precision::F32 | config::Precision::Tf32 => model::Precision::F32,
+        },
+    }
+}
+
+/// Refuses a checkpoint of another configuration or dataset.
+fn check_identity(
+    manifest: &crate::checkpoint::Manifest,
+    config: &RunConfig,
+    dataset: &Dataset,
+) -> Result<(), TrainerError> {
+    let step = manifest.step;
+    if manifest.config_sha256 != config.identity() {
+        return Err(TrainerError::Mismatch { step, what: "configuration" });
+    }
+    if manifest.dataset_sha256 != dataset.digest().sha256 {
+        return Err(TrainerError::Mismatch { step, what: "dataset" });
+    }
+    Ok(())
+}
+
+fn loader_plan(config: &RunConfig, a: &Assignment, start: Step, end: Step) -> LoaderPlan {
+    let patch = config.patch_size as usize;
+    LoaderPlan {
+        seed: config.train.seed,
+        rank: a.rank,
+        world: a.world,
+        start,
+        end,
+        batch_labelled: config.batch.labelled,
+        batch_unlabelled: config.batch.unlabelled,
+        labelled_patients: config.data.labelled,
+        patch: (patch, patch),
+        prefetch: config.loader.prefetch as usize,
+        threads: config.loader.threads as usize,
+        cache_bytes: LoaderPlan::CACHE_BYTES,
+        augment: true,
+    }
+}
+
+fn start_writer(
+    runtime: &Runtime,
+    run: &Store,
+    config: &RunConfig,
+    dataset: &Dataset,
+) -> Result<Writer, TrainerError> {
+    let identity = RunIdentity {
+        config_sha256: config.identity(),
+        dataset_sha256: dataset.digest().sha256.clone(),
+    };
+    let retention = Some(Retention { keep_last: config.checkpoint.keep_last as usize });
+    let options = WriterOptions { identity, retention };
+    Ok(Writer::start(runtime.handle().clone(), run.clone(), options)?)
+}
+
+/// The gradients' group and the side group; none for one rank.
+fn groups(
+    a: &Assignment,
+    config: &RunConfig,
+) -> Result<(Option<ProcessGroup>, Option<ProcessGroup>), TrainerError> {
+    if a.world.0 == 1 {
+        return Ok((None, None));
+    }
+    let group = |purpose: &str| {
+        ProcessGroup::gloo(&Rendezvous {
+            store: a.kv_address,
+            prefix: format!("generation-{}/{purpose}", a.generation),
+            rank: a.rank,
+            world: a.world,
+            timeout: Duration::from_secs(config.recovery.collective_timeout_s),
+            interface: a.interface,
+        })
+    };
+    Ok((Some(group("gradients")?), Some(group("side")?)))
+}

@@ -1,0 +1,137 @@
+//! Validation during training: volumes spread over the ranks, scored by `eval`'s own code.
+
+use std::collections::BTreeMap;
+
+use tch::Tensor;
+
+use super::TrainerError;
+use super::orders::emit;
+use super::setup::Trainer;
+use crate::data::{Split, Volume as DataVolume, augment};
+use crate::eval::report::{Record, ReportOverlay, ValidationRecord};
+use crate::eval::{
+    CaseScores, DistanceUnit, EmptyPolicy, EvalSettings, Segmenter, Summary, Volume, Zoom,
+    evaluate_volume, overlay, segment_volume,
+};
+use crate::model::{DbpNet, ModelError};
+use crate::proto::TrainerEvent;
+use crate::types::Rank;
+
+/// Slices of a volume that go through the network together.
+const BATCH: usize = 8;
+/// Pictures in the report.
+const OVERLAYS: usize = 3;
+
+/// The network as `eval` sees it: decoder 1's main output, arg-max over classes.
+struct Network<'a>(&'a DbpNet);
+
+impl Segmenter for Network<'_> {
+    type Error = ModelError;
+
+    /// `[n, h, w]` intensities -> `[n, h, w]` classes.
+    fn segment(&mut self, slices: &[f32], n: usize, h: usize, w: usize) -> Result<Vec<u8>, ModelError> {
+        let x = Tensor::f_from_slice(slices)?.f_view([n as i64, 1, h as i64, w as i64])?;
+        let classes = self.0.forward_eval(&x)?.f_argmax(1, false)?;
+        let classes = classes.f_to_kind(tch::Kind::Uint8)?.f_contiguous()?.f_view([-1])?;
+        Ok(Vec::<u8>::try_from(&classes)?)
+    }
+}
+
+fn zoom() -> Zoom<'static> {
+    Zoom { image: &augment::zoom::<f32>, label: &augment::zoom::<u8> }
+}
+
+fn settings(t: &Trainer) -> EvalSettings {
+    EvalSettings {
+        patch: t.patch,
+        classes: u8::try_from(t.net.config().classes).unwrap_or(u8::MAX),
+        batch: BATCH,
+        unit: DistanceUnit::Voxel,
+        policy: EmptyPolicy::default(),
+    }
+}
+
+/// The foreground classes, class 1 first.
+pub fn class_names(t: &Trainer) -> Vec<String> {
+    t.dataset.manifest().classes.iter().skip(1).cloned().collect()
+}
+
+/// Scores every validation volume, each on one rank; every rank ends with the same summary.
+pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
+    // The running statistics that count are rank 0's (per-rank batch norm).
+    if let Some(group) = &t.gradients {
+        for (_, buffer) in t.net.params().buffers() {
+            group.broadcast(buffer, Rank(0))?;
+        }
+    }
+    let settings = settings(t);
+    let mut mine: Vec<CaseScores> = Vec::new();
+    for (i, id) in t.dataset.volumes(Split::Val).into_iter().enumerate() {
+        if i % t.world.0 as usize != t.rank.0 as usize {
+            continue;
+        }
+        let volume = t.dataset.load_volume(id)?;
+        let Some(label) = &volume.labels else { continue };
+        let scores = evaluate_volume(&mut Network(&t.net), seen(&volume, label), &settings, zoom())
+            .map_err(|e| TrainerError::Report(e.to_string()))?;
+        mine.push(scores);
+    }
+    let bytes = serde_json::to_vec(&mine).map_err(|e| TrainerError::Report(e.to_string()))?;
+    let mut parts: Vec<Vec<CaseScores>> = Vec::new();
+    for part in t.ranks.gather(&bytes)? {
+        parts.push(serde_json::from_slice(&part).map_err(|e| TrainerError::Report(e.to_string()))?);
+    }
+    let names = class_names(t);
+    let summary =
+        Summary::of(parts, &names, &settings).map_err(|e| TrainerError::Report(e.to_string()))?;
+    let dice: Vec<f64> = summary.classes.iter().map(|c| c.means.dice.unwrap_or(f64::NAN)).collect();
+    let mean_dice = summary.mean.dice.unwrap_or(f64::NAN);
+    let class_dice: BTreeMap<String, f64> = names.into_iter().zip(dice.iter().copied()).collect();
+    t.history.push(Record::Validation(ValidationRecord { step: t.step.0, mean_dice, class_dice }));
+    if t.rank.0 == 0 {
+        emit(&TrainerEvent::Validation { step: t.step, dice, mean_dice });
+    }
+    t.summary = Some(summary);
+    Ok(())
+}
+
+fn seen<'a>(volume: &'a DataVolume, label: &'a [u8]) -> Volume<'a> {
+    Volume {
+        case: &volume.name,
+        image: &volume.slices,
+        label,
+        shape: volume.shape,
+        spacing_mm: volume.spacing_mm.unwrap_or([1.0; 3]),
+    }
+}
+
+/// Pictures of the first validation volumes' middle slices, prediction beside truth.
+pub fn overlays(t: &Trainer) -> Result<Vec<ReportOverlay>, TrainerError> {
+    let settings = settings(t);
+    let fail = |e: &dyn std::fmt::Display| TrainerError::Report(e.to_string());
+    let mut pictures = Vec::new();
+    for id in t.dataset.volumes(Split::Val).into_iter().take(OVERLAYS) {
+        let volume = t.dataset.load_volume(id)?;
+        let Some(label) = &volume.labels else { continue };
+        let [d, h, w] = volume.shape;
+        let prediction = segment_volume(
+            &mut Network(&t.net),
+            &volume.name,
+            &volume.slices,
+            volume.shape,
+            &settings,
+            zoom(),
+        )
+        .map_err(|e| fail(&e))?;
+        let middle = d / 2 * h * w..(d / 2 + 1) * h * w;
+        let png = overlay::overlay_png(
+            &volume.slices[middle.clone()],
+            &label[middle.clone()],
+            &prediction[middle],
+            (h, w),
+        )
+        .map_err(|e| fail(&e))?;
+        pictures.push(ReportOverlay { caption: format!("{}, slice {}", volume.name, d / 2), png });
+    }
+    Ok(pictures)
+}

@@ -357,9 +357,9 @@ impl Moto {
             .stderr(Stdio::null())
             .spawn()
             .ok()?;
-        let mut line = String::new();
-        BufReader::new(child.stdout.take()?).read_line(&mut line).ok()?;
-        if line.trim() != "ready" {
+        // It says more than that; and nothing, if it cannot be imported.
+        let mut lines = BufReader::new(child.stdout.take()?).lines().map_while(Result::ok);
+        if !lines.any(|line| line == "ready") {
             child.kill().ok();
             child.wait().ok();
             return None;

@@ -1,5 +1,8 @@
 //! The commit protocol under failure at every point, and damage of every kind.
 
+// Helpers outside #[test] functions panic on purpose too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::sync::Arc;
 
 use bytes::Bytes;

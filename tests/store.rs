@@ -3,6 +3,9 @@
 //! And what only some of them can show: the race of creators, a killed server, an endpoint that is
 //! not there, a create whose answer was lost.
 
+// Helpers outside #[test] functions panic on purpose too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
@@ -335,6 +338,28 @@ async fn a_killed_server_shows_whole_objects_or_none() {
     }
 }
 
+/// Needs a small file system of its own:
+/// `mount -t tmpfs -o size=4m tmpfs DIR; CPCR_TEST_SMALL_DISK=DIR cargo test --test store full_disk`.
+#[tokio::test]
+async fn a_full_disk_is_told_as_such() {
+    let Ok(disk) = std::env::var("CPCR_TEST_SMALL_DISK") else {
+        let aloud = "SKIPPED: a_full_disk_is_told_as_such (CPCR_TEST_SMALL_DISK is not set)\n";
+        std::io::stderr().write_all(aloud.as_bytes()).unwrap();
+        return;
+    };
+    let dir = TempDir::new_in(disk).unwrap();
+    let folder = Store::open(dir.path().to_str().unwrap(), &StoreOptions::default()).unwrap();
+    let server = embedded(&dir, true).await;
+    let remote = Store::open("s3://bucket", &s3_options(&server.endpoint())).unwrap();
+    for store in [folder, remote] {
+        let error = store.put("big", pattern(8 << 20)).await.unwrap_err();
+        assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
+        store.put("small", Bytes::from_static(b"fits again")).await.unwrap();
+        assert!(!store.exists("big").await.unwrap());
+        store.delete("small").await.unwrap();
+    }
+}
+
 /// A moto server, killed when dropped.
 struct Moto {
     child: Child,
@@ -357,9 +382,9 @@ impl Moto {
             .stderr(Stdio::null())
             .spawn()
             .ok()?;
-        let mut line = String::new();
-        BufReader::new(child.stdout.take()?).read_line(&mut line).ok()?;
-        if line.trim() != "ready" {
+        // It says more than that; and nothing, if it cannot be imported.
+        let mut lines = BufReader::new(child.stdout.take()?).lines().map_while(Result::ok);
+        if !lines.any(|line| line == "ready") {
             child.kill().ok();
             child.wait().ok();
             return None;

@@ -109,7 +109,8 @@ impl Manifest {
         self.validate().map_err(|detail| CheckpointError::Invalid { step: self.step, detail })?;
         let mut text = serde_json::to_string_pretty(self)
             .map_err(|e| CheckpointError::Invalid { step: self.step, detail: e.to_string() })?;
-        text.truncate(text.trim_end_matches(['\n', '}']).len());
+        // Without its last brace: the seal becomes the last field.
+        text.truncate(text.strip_suffix("\n}").map_or(0, str::len));
         let seal = hash_of_zeroed(text.as_bytes());
         text.push_str(SEAL_BEFORE);
         text.push_str(&seal);

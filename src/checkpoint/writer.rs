@@ -179,7 +179,8 @@ enum Order {
 }
 
 impl Writer {
-    /// Starts the thread. Its I/O runs on `runtime`, which must outlive the writer.
+    /// Starts the thread. Its I/O runs on `runtime`, which must outlive the writer and have worker
+    /// threads of its own: on a single-threaded one, a flush from within would wait for itself.
     pub fn start(runtime: Handle, run: Store, options: WriterOptions) -> std::io::Result<Self> {
         // One waits while one is being written: memory for at most three copies of the state.
         let (orders, queue) = sync_channel(1);

@@ -121,13 +121,14 @@ impl StoreError {
         error: &object_store::Error,
     ) -> Self {
         let (url, path) = (url.to_owned(), path.to_owned());
-        let detail = one_line(&error.to_string());
-        if detail.contains("NoSuchBucket") || detail.contains("ContainerNotFound") {
+        let words = error.to_string();
+        let detail = one_line(&words);
+        if words.contains("NoSuchBucket") || words.contains("ContainerNotFound") {
             let detail = "the bucket does not exist: create it, or correct the URL".to_owned();
             return Self::BadUrl { url, detail };
         }
         // The embedded server's word for it.
-        if detail.contains("StorageFull") {
+        if words.contains("StorageFull") {
             return Self::NoSpace { url, path };
         }
         match io_kind(error) {
@@ -146,7 +147,7 @@ impl StoreError {
             object_store::Error::PermissionDenied { .. }
             | object_store::Error::Unauthenticated { .. } => Self::Denied { url, path, detail },
             object_store::Error::NotImplemented { .. } => Self::Unsafe { url, detail },
-            _ if is_network(error) || detail.contains("status code: 5") => {
+            _ if is_network(error) || words.contains("status code: 5") => {
                 Self::Unreachable { url, detail }
             }
             _ => Self::Other { url, operation, path, detail },

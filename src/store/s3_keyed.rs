@@ -119,13 +119,16 @@ fn storage_error(error: S3Error) -> S3Error {
     let full = |kind: io::ErrorKind| {
         matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     };
-    let is_full = chain(&error)
-        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|e| full(e.kind())));
+    // Not the trait's `source`, which s3s leaves empty.
+    let is_full = error.source().is_some_and(|source| {
+        chain(source).any(|cause| cause.downcast_ref::<io::Error>().is_some_and(|e| full(e.kind())))
+    });
     if !is_full {
         return error;
     }
     let code = S3ErrorCode::Custom("StorageFull".into());
     let mut answer = S3Error::with_message(code, "the disk behind this server is full");
+    // `http` by way of a crate that is here anyway; a 5xx would be retried by every client.
     answer.set_status_code(tonic::codegen::http::StatusCode::BAD_REQUEST);
     answer
 }

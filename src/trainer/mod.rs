@@ -12,6 +12,7 @@ mod setup;
 mod validate;
 
 pub use error::TrainerError;
+pub use orders::emit;
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -26,7 +27,7 @@ use crate::model::{Draws, Heads};
 use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::telemetry::{Guard, Phase, StepTrace};
 use crate::types::Step;
-use orders::{Orders, emit};
+use orders::Orders;
 use ranks::Tail;
 use setup::Trainer;
 

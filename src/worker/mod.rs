@@ -8,4 +8,4 @@ mod agent;
 mod child;
 
 pub use agent::{AgentOptions, run_agent};
-pub use child::{ChildOptions, TrainerChild, die_with_parent};
+pub use child::{ChildOptions, PARENT_VARIABLE, TrainerChild, die_with_parent};

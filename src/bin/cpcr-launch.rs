@@ -1,0 +1,17 @@
+//! `cpcr-launch`: trains on this machine. Thin: parse, call, map errors to an exit status.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use cpcr::cli::{self, Failure, launch};
+
+// One thread: children must be started by the thread whose death they follow.
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let arguments = launch::Arguments::parse();
+    let _telemetry = match cpcr::telemetry::init("launcher", None, "warn") {
+        Ok(guard) => guard,
+        Err(error) => return cli::finish(Err(Failure::usage(error))),
+    };
+    cli::finish(launch::launch(arguments).await)
+}

@@ -1,0 +1,337 @@
+//! `cpcr`: the commands that need no tensors; the others are handed to `cpcr-engine`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command as Process;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+use super::{Failure, doctor, sibling, threads_each};
+use crate::checkpoint;
+use crate::coordinator::{service, state::Limits};
+use crate::data::{self, Dataset, synth};
+use crate::proto::{EXIT_DONE, EXIT_FAILED};
+use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
+use crate::types::NodeId;
+use crate::worker::{AgentOptions, ChildOptions, run_agent};
+
+/// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
+#[derive(Debug, Parser)]
+#[command(name = "cpcr", version)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves a run: members, generations, the end. Prints its address.
+    Coordinator(CoordinatorArguments),
+    /// Serves one node: starts and watches its trainer.
+    Worker(WorkerArguments),
+    /// The embedded S3 server. Prints its address.
+    S3(S3Arguments),
+    /// Makes, imports, checks and describes datasets.
+    #[command(subcommand)]
+    Data(Data),
+    /// Lists or verifies the checkpoints of a run.
+    #[command(subcommand)]
+    Checkpoints(Checkpoints),
+    /// Tells what this machine lacks.
+    Doctor {
+        /// A store to probe.
+        #[arg(long)]
+        store: Option<String>,
+        /// JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Measures: `bench step`.
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// Handed to cpcr-engine.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct CoordinatorArguments {
+    /// Where to listen.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// How many workers the run needs.
+    #[arg(long)]
+    nodes: u32,
+    /// Generations that may be lost.
+    #[arg(long, default_value_t = 3)]
+    restarts: u32,
+    /// Longest wait for missing workers, in seconds.
+    #[arg(long, default_value_t = 25)]
+    wait_s: u64,
+    /// Longest silence of a worker, in seconds.
+    #[arg(long, default_value_t = 8)]
+    heartbeat_timeout_s: u64,
+}
+
+#[derive(Debug, clap::Args)]
+struct WorkerArguments {
+    /// The coordinator, HOST:PORT.
+    #[arg(long)]
+    coordinator: String,
+    /// Which node this is, 0 to N-1.
+    #[arg(long, env = "JOB_COMPLETION_INDEX")]
+    node: u32,
+    /// The run's folder.
+    #[arg(long)]
+    run: String,
+    /// Folder for the trainer's log.
+    #[arg(long, default_value = "logs")]
+    logs: PathBuf,
+    /// CPU threads for the trainer; default all.
+    #[arg(long)]
+    threads: Option<u32>,
+    /// How long the coordinator may be out of reach, in seconds.
+    #[arg(long, default_value_t = 20)]
+    patience_s: u64,
+}
+
+#[derive(Debug, clap::Args)]
+struct S3Arguments {
+    /// Buckets are the folders in here.
+    #[arg(long)]
+    dir: PathBuf,
+    /// Where to listen; loopback only, there is no TLS.
+    #[arg(long, default_value = "127.0.0.1:9000")]
+    listen: SocketAddr,
+    /// The one user's name.
+    #[arg(long, env = "AWS_ACCESS_KEY_ID")]
+    access_key: String,
+    /// The one user's secret.
+    #[arg(long, env = "AWS_SECRET_ACCESS_KEY")]
+    secret_key: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum Data {
+    /// Makes cardiac phantoms.
+    Synth {
+        /// Where the dataset goes.
+        #[arg(long)]
+        out: String,
+        /// Seed of every draw.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Training patients.
+        #[arg(long)]
+        patients: Option<u32>,
+    },
+    /// Imports a dataset.
+    Import {
+        /// Its form: acdc-h5 (the SSL4MIS preparation).
+        #[arg(long, value_parser = ["acdc-h5"])]
+        from: String,
+        /// Folder of the files.
+        #[arg(long = "in")]
+        input: PathBuf,
+        /// Folder of the lists, if it is another one.
+        #[arg(long)]
+        lists: Option<PathBuf>,
+        /// Where the dataset goes.
+        #[arg(long)]
+        out: String,
+    },
+    /// Re-reads everything and checks every hash.
+    Verify {
+        /// The dataset.
+        url: String,
+        /// JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says what a dataset holds.
+    Info {
+        /// The dataset.
+        url: String,
+        /// JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Checkpoints {
+    /// Lists them.
+    Ls {
+        /// The run.
+        run: String,
+        /// JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Re-reads them and checks every hash.
+    Verify {
+        /// The run.
+        run: String,
+        /// JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Runs `cpcr`; the result is the exit status.
+///
+/// # Errors
+/// [`Failure`]: one line and an exit status.
+pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
+    match arguments.command {
+        Command::Coordinator(arguments) => coordinator(arguments).await,
+        Command::Worker(arguments) => worker(arguments).await,
+        Command::S3(arguments) => s3(arguments).await,
+        Command::Data(command) => dataset(command).await,
+        Command::Checkpoints(command) => checkpoints(command).await,
+        Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
+        Command::Bench { rest } => engine("bench", &rest),
+    }
+}
+
+/// Tells the parent where this process listens.
+fn announce(address: SocketAddr) {
+    println!("{address}");
+}
+
+async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
+    let listener = tokio::net::TcpListener::bind(a.listen)
+        .await
+        .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
+    announce(listener.local_addr().map_err(Failure::failed)?);
+    let limits = Limits {
+        nodes: a.nodes,
+        restarts: a.restarts,
+        wait: Duration::from_secs(a.wait_s),
+        heartbeat: Duration::from_secs(a.heartbeat_timeout_s),
+        drain: Duration::from_secs(20),
+    };
+    let outcome = service::serve(listener, limits, super::signals::interrupted())
+        .await
+        .map_err(Failure::failed)?;
+    tracing::info!(status = outcome.status, "{}", outcome.reason);
+    Ok(outcome.status)
+}
+
+async fn worker(a: WorkerArguments) -> Result<i32, Failure> {
+    let options = AgentOptions {
+        coordinator: a.coordinator,
+        node: NodeId(a.node),
+        run: a.run,
+        threads: a.threads.unwrap_or_else(|| threads_each(1)),
+        child: ChildOptions { engine: sibling("cpcr-engine")?, logs: a.logs },
+        patience: Duration::from_secs(a.patience_s),
+    };
+    run_agent(&options, super::signals::interrupted()).await.map_err(Failure::failed)
+}
+
+async fn s3(a: S3Arguments) -> Result<i32, Failure> {
+    let mut options = S3ServerOptions::on_loopback(a.dir, a.access_key, a.secret_key);
+    options.listen = a.listen;
+    let server = serve(options).await.map_err(Failure::failed)?;
+    announce(server.addr());
+    super::signals::interrupted().await;
+    server.shutdown().await;
+    Ok(EXIT_DONE)
+}
+
+async fn dataset(command: Data) -> Result<i32, Failure> {
+    match command {
+        Data::Synth { out, seed, patients } => {
+            let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
+            let mut options = synth::SynthOptions { seed, ..Default::default() };
+            if let Some(patients) = patients {
+                options.train_patients = patients;
+            }
+            synth::write(Arc::new(store), &options, threads_each(1) as usize)
+                .await
+                .map_err(Failure::failed)?;
+            Ok(EXIT_DONE)
+        }
+        Data::Import { input, lists, out, .. } => {
+            let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
+            let source = data::import::acdc_h5::AcdcSource { files: input, lists };
+            data::import::acdc_h5::import(&source, Arc::new(store), threads_each(1) as usize)
+                .await
+                .map_err(Failure::failed)?;
+            Ok(EXIT_DONE)
+        }
+        Data::Verify { url, json } => {
+            let verified = data::report::verify(&open(&url)?, threads_each(1) as usize);
+            print(&verified, json)?;
+            Ok(if verified.is_sound() { EXIT_DONE } else { EXIT_FAILED })
+        }
+        Data::Info { url, json } => {
+            let info = data::report::info(&open(&url)?).map_err(Failure::failed)?;
+            print(&info, json)?;
+            Ok(EXIT_DONE)
+        }
+    }
+}
+
+fn open(url: &str) -> Result<Dataset, Failure> {
+    let store = Store::open(url, &StoreOptions::default().existing()).map_err(Failure::usage)?;
+    Dataset::open(Arc::new(store)).map_err(Failure::usage)
+}
+
+async fn checkpoints(command: Checkpoints) -> Result<i32, Failure> {
+    let (run, json, verify) = match command {
+        Checkpoints::Ls { run, json } => (run, json, false),
+        Checkpoints::Verify { run, json } => (run, json, true),
+    };
+    let store = Store::open(&run, &StoreOptions::default().existing()).map_err(Failure::usage)?;
+    let rows = if verify {
+        checkpoint::verify_rows(&store).await
+    } else {
+        checkpoint::list_rows(&store).await
+    };
+    let rows = rows.map_err(Failure::failed)?;
+    print(&rows, json)?;
+    let damaged = rows.iter().any(|row| row.problem.is_some());
+    Ok(if damaged { EXIT_FAILED } else { EXIT_DONE })
+}
+
+/// JSON for programs, TOML-like indented JSON for people.
+fn print(value: &impl Serialize, json: bool) -> Result<(), Failure> {
+    let text = if json { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
+    println!("{}", text.map_err(Failure::failed)?);
+    Ok(())
+}
+
+async fn diagnose(store: Option<&str>, json: bool) -> Result<i32, Failure> {
+    let outcome = match store {
+        Some(url) => {
+            let probed = async {
+                Store::open(url, &StoreOptions::default())?.probe().await
+            };
+            probed.await.map(|()| "creates exclusively".to_owned()).map_err(|e| e.to_string())
+        }
+        None => Ok(String::new()),
+    };
+    let report = doctor::doctor(store, &|_| outcome.clone());
+    if json {
+        print(&report, true)?;
+    } else {
+        println!("{}", report.text());
+    }
+    Ok(if report.verdict() == doctor::Verdict::Fail { EXIT_FAILED } else { EXIT_DONE })
+}
+
+/// Runs a command of `cpcr-engine` and passes its status on.
+fn engine(command: &str, rest: &[String]) -> Result<i32, Failure> {
+    let status = Process::new(sibling("cpcr-engine")?)
+        .arg(command)
+        .args(rest)
+        .status()
+        .map_err(Failure::failed)?;
+    Ok(status.code().unwrap_or(EXIT_FAILED))
+}

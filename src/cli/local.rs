@@ -1,0 +1,91 @@
+//! The processes of a local run: how the launcher starts them, and starts them again.
+//!
+//! Every child asks the kernel to die with the launcher. A child that ends before the run has is
+//! started again while the budget lasts.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::{Failure, sibling};
+use crate::worker::PARENT_VARIABLE;
+
+/// Longest wait for a child's first line.
+const START: Duration = Duration::from_secs(10);
+
+/// What all children share.
+#[derive(Debug, Clone)]
+pub struct Family {
+    /// Folder for logs.
+    pub logs: PathBuf,
+    /// Environment for all of them: credentials and endpoint of the embedded S3 server.
+    pub environment: Vec<(String, String)>,
+}
+
+impl Family {
+    fn command(&self, binary: &str, log: &str) -> Result<Command, Failure> {
+        std::fs::create_dir_all(&self.logs)
+            .map_err(|e| Failure::failed(format!("{}: {e}", self.logs.display())))?;
+        let path = self.logs.join(log);
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
+        let mut command = Command::new(sibling(binary)?);
+        command
+            .envs(self.environment.iter().cloned())
+            .env(PARENT_VARIABLE, std::process::id().to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true);
+        Ok(command)
+    }
+
+    /// Starts `cpcr` with `arguments` and waits for the address that it prints.
+    ///
+    /// # Errors
+    /// When it ends or stays silent instead; the log's last line says why.
+    pub async fn server(&self, log: &str, arguments: &[String]) -> Result<(Child, SocketAddr), Failure> {
+        let mut command = self.command("cpcr", log)?;
+        let mut child = command
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(Failure::failed)?;
+        let stdout = child.stdout.take().ok_or_else(|| Failure::failed("no stdout"))?;
+        let mut lines = BufReader::new(stdout).lines();
+        let line = tokio::time::timeout(START, lines.next_line()).await;
+        if let Ok(Ok(Some(line))) = &line
+            && let Ok(address) = line.trim().parse()
+        {
+            return Ok((child, address));
+        }
+        let why = self.last_line(log);
+        Err(Failure::failed(format!("`cpcr {}` did not start: {why}", arguments.join(" "))))
+    }
+
+    /// Starts an agent.
+    ///
+    /// # Errors
+    /// When the process cannot be made.
+    pub fn agent(&self, node: u32, arguments: &[String]) -> Result<Child, Failure> {
+        self.command("cpcr", &format!("agent-{node}.log"))?
+            .args(arguments)
+            .spawn()
+            .map_err(Failure::failed)
+    }
+
+    /// The last line of a log that is not empty.
+    #[must_use]
+    pub fn last_line(&self, log: &str) -> String {
+        let text = std::fs::read_to_string(self.logs.join(log)).unwrap_or_default();
+        let last = text.lines().rev().find(|line| !line.trim().is_empty());
+        last.unwrap_or("no output").trim_start_matches("error: ").to_owned()
+    }
+}

@@ -2,6 +2,7 @@
 //! the binaries find libtorch without `LD_LIBRARY_PATH`.
 
 use std::env;
+use std::path::{Path, PathBuf};
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
@@ -11,4 +12,37 @@ fn main() {
         panic!("libtorch is not at '{libtorch}': run scripts/setup.sh, or set LIBTORCH to a libtorch 2.11.0");
     };
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
+    compile_bridge(&libtorch);
+}
+
+/// One static library from every `.cpp` of the bridge but `src/bridge/nccl`, which needs CUDA's
+/// headers and is its own shared object (`scripts/build-nccl.sh`).
+fn compile_bridge(libtorch: &Path) {
+    let bridge = Path::new("src/bridge");
+    let mut sources = Vec::new();
+    for folder in ["c10d", "ops"] {
+        sources.extend(cpp_files(&bridge.join(folder)));
+    }
+    println!("cargo:rerun-if-changed=src/bridge/gloo_headers");
+    let include = libtorch.join("include");
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").define("USE_C10D_GLOO", None).flag("-Wall").flag("-Wextra");
+    // As system headers, so that only this project's own warnings show.
+    for folder in [include.clone(), include.join("torch/csrc/api/include")] {
+        build.flag("-isystem").flag(folder);
+    }
+    build.flag("-isystem").flag(bridge.join("gloo_headers"));
+    build.files(sources).compile("cpcr_bridge");
+}
+
+/// The C++ sources of `folder` in a stable order; none if there is no such folder.
+fn cpp_files(folder: &Path) -> Vec<PathBuf> {
+    println!("cargo:rerun-if-changed={}", folder.display());
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cpp"))
+        .collect();
+    files.sort();
+    files
 }

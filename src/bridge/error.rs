@@ -64,7 +64,7 @@ impl Failure {
         }
     }
 
-    fn of_code(code: c_int, message: &str) -> Self {
+    pub(super) fn of_code(code: c_int, message: &str) -> Self {
         match code {
             2 => Self::Timeout,
             3 => Self::PeerLost,

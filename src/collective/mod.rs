@@ -1,1 +1,28 @@
-//! (being written)
+//! Collectives: how the ranks of one generation exchange tensors and average gradients.
+//!
+//! A [`ProcessGroup`] is joined through a [`Rendezvous`] and lives as long as its generation;
+//! after a loss it is dropped and a smaller one is joined under a fresh prefix. A [`Reducer`]
+//! averages gradients during backward. [`kv`] is the meeting place and knows no torch.
+//!
+//! Not here: who is a member, when a generation ends, what a step is. Calls block; the trainer's
+//! own thread makes them, never an async executor's.
+
+mod error;
+mod group;
+pub mod kv;
+mod reducer;
+mod store;
+
+pub use crate::bridge::c10d::ReduceOp;
+pub use error::CollectiveError;
+pub use group::{ProcessGroup, Rendezvous, Work};
+pub use reducer::Reducer;
+
+/// What a trainer's environment must hold for NCCL failures to come back as errors instead of
+/// tearing the process down. The agent sets it: it must be there before torch starts threads.
+pub const NCCL_ENVIRONMENT: &[(&str, &str)] = &[
+    // Clean up and report; don't end the process.
+    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"),
+    // The heartbeat monitor would end the process when an abort hangs; the agent does that.
+    ("TORCH_NCCL_ENABLE_MONITORING", "0"),
+];

@@ -12,7 +12,9 @@ use tch::Tensor;
 
 use super::error::{BridgeError, Failure, check};
 
+mod nccl;
 mod store;
+pub use nccl::NcclLibrary;
 pub use store::{Keys, StoreError};
 
 /// A C++ `at::Tensor`, as `Tensor::as_ptr` points to it.

@@ -33,6 +33,12 @@ fn compile_bridge(libtorch: &Path) {
     }
     build.flag("-isystem").flag(bridge.join("gloo_headers"));
     build.files(sources).compile("cpcr_bridge");
+    // Before torch-sys's own list, which begins with torch_cuda: what both have would be taken
+    // from there, and every binary would want CUDA's libraries.
+    println!("cargo:rustc-link-search=native={}/lib", libtorch.display());
+    for library in ["torch_cpu", "c10"] {
+        println!("cargo:rustc-link-lib=dylib={library}");
+    }
 }
 
 /// The C++ sources of `folder` in a stable order; none if there is no such folder.

@@ -22,7 +22,7 @@ for wheel in "${wheels[@]}"; do
   trap 'rm -rf "$work"' EXIT
   pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$work" \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_25_x86_64 \
-    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 "$wheel"
+    --platform manylinux_2_18_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 "$wheel"
   # Only the headers are kept: nvidia/<package>/include/... -> include/...
   python3 - "$work"/*.whl "$include" <<'PY'
 import pathlib, sys, zipfile

@@ -2,6 +2,8 @@
 // else here needs CUDA's headers or links its libraries. One entry, opened by c10d/nccl.rs.
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 
+#include <c10/core/DeviceGuard.h>
+
 #include <cstring>
 
 #include "../c10d/group.h"
@@ -29,12 +31,13 @@ extern "C" __attribute__((visibility("default"))) int cpcr_nccl_new(
     CpcrGroup** out) {
   const int code = cpcr::guarded([&] {
     using c10d::ProcessGroupNCCL;
-    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+    const c10::Device place(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+    // By the registry, not CUDAGuard, whose inline code wants libcudart.
+    const c10::DeviceGuard guard(place);
     auto shared = c10::intrusive_ptr<c10d::Store>::reclaim_copy(store);
     auto options = ProcessGroupNCCL::Options::create();
     options->timeout = std::chrono::milliseconds(timeout_ms);
     auto backend = c10::make_intrusive<ProcessGroupNCCL>(shared, rank, size, options);
-    const c10::Device place(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
     // Connect now, as Gloo does: a missing peer is then an error of joining.
     backend->eagerConnectSingleDevice(place);
     *out = cpcr::wrap_group(

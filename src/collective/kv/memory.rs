@@ -134,8 +134,9 @@ impl Memory {
 
     fn wake(&mut self, how: Woken, which: impl Fn(&Waiter) -> bool) {
         for (_, waiter) in self.waiters.extract_if(|_, waiter| which(waiter)) {
-            // An error means that the receiver has gone: nobody is left to tell.
-            drop(waiter.wake.send(how));
+            if waiter.wake.send(how).is_err() {
+                tracing::trace!("a wait ended as its waiter went away");
+            }
         }
     }
 }

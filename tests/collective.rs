@@ -60,8 +60,11 @@ struct Meeting {
 
 impl Meeting {
     fn new() -> Self {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         let server = runtime.block_on(KvServer::bind(SocketAddr::new(LOOPBACK, 0))).unwrap();
         Self { server, _runtime: runtime }
     }
@@ -155,9 +158,12 @@ fn copies(meeting: &Meeting, backend: &dyn Backend, world: u32) {
 
 fn works_asynchronously(meeting: &Meeting, backend: &dyn Backend, world: u32) {
     let results = ranks(meeting, backend, world, |group, device| {
-        let tensors: Vec<_> = (0..5).map(|_| Tensor::ones([1000], (Kind::Double, device))).collect();
-        let works: Vec<_> =
-            tensors.iter().map(|tensor| group.start_all_reduce(tensor, ReduceOp::Sum).unwrap()).collect();
+        let tensors: Vec<_> =
+            (0..5).map(|_| Tensor::ones([1000], (Kind::Double, device))).collect();
+        let works: Vec<_> = tensors
+            .iter()
+            .map(|tensor| group.start_all_reduce(tensor, ReduceOp::Sum).unwrap())
+            .collect();
         // Waited for in another order than started.
         for work in works.into_iter().rev() {
             work.wait().unwrap();
@@ -169,7 +175,11 @@ fn works_asynchronously(meeting: &Meeting, backend: &dyn Backend, world: u32) {
 
 /// Two layers on a batch of 12 rows; the loss is a mean, so the average of equal shards' gradients
 /// is the whole batch's.
-fn gradients(params: &[Tensor], rows: &Tensor, before_backward: impl FnOnce(&Tensor)) -> Vec<Vec<f64>> {
+fn gradients(
+    params: &[Tensor],
+    rows: &Tensor,
+    before_backward: impl FnOnce(&Tensor),
+) -> Vec<Vec<f64>> {
     let hidden = (rows.matmul(&params[0]) + &params[1]).tanh();
     let loss = hidden.matmul(&params[2]).pow_tensor_scalar(2).mean(Kind::Double);
     before_backward(&loss);
@@ -293,7 +303,8 @@ fn survivors_of_a_lost_peer_fail_and_rebuild() {
         assert!(matches!(error, CollectiveError::PeerLost(_)), "{error:?}");
         assert!(error.ends_generation());
         drop(group);
-        let smaller = ProcessGroup::gloo(&meeting.rendezvous("rebuilt", rank, 2, PATIENCE)).unwrap();
+        let smaller =
+            ProcessGroup::gloo(&meeting.rendezvous("rebuilt", rank, 2, PATIENCE)).unwrap();
         let ones = Tensor::ones([4], (Kind::Float, Device::Cpu));
         smaller.all_reduce(&ones, ReduceOp::Sum).unwrap();
         Some(values(&ones))
@@ -312,7 +323,8 @@ fn a_peer_lost_in_backward_is_an_error_of_backward() {
         if group.rank().0 == 1 {
             return;
         }
-        let loss = params[0].sum(Kind::Double) + params[1].sum(Kind::Double) + params[2].sum(Kind::Double);
+        let loss =
+            params[0].sum(Kind::Double) + params[1].sum(Kind::Double) + params[2].sum(Kind::Double);
         reducer.prepare_for_backward(&[]).unwrap();
         let error = CollectiveError::from(loss.f_backward().unwrap_err());
         assert!(matches!(error, CollectiveError::PeerLost(_)), "{error:?}");

@@ -41,7 +41,10 @@ impl CollectiveError {
     /// Whether the group is at fault and a new generation may cure it.
     #[must_use]
     pub fn ends_generation(&self) -> bool {
-        matches!(self, Self::Timeout(_) | Self::PeerLost(_) | Self::Aborted(_) | Self::Rendezvous(_))
+        matches!(
+            self,
+            Self::Timeout(_) | Self::PeerLost(_) | Self::Aborted(_) | Self::Rendezvous(_)
+        )
     }
 
     /// The same while joining: what has no better name is a failed rendezvous, and says for how

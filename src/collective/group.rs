@@ -188,9 +188,8 @@ impl ProcessGroup {
     /// As [`ProcessGroup::all_reduce`].
     pub fn all_gather(&self, tensor: &Tensor) -> Result<Vec<Tensor>, CollectiveError> {
         let input = tensor.detach();
-        let outputs = (0..self.world.0)
-            .map(|_| input.f_zeros_like())
-            .collect::<Result<Vec<_>, _>>()?;
+        let outputs =
+            (0..self.world.0).map(|_| input.f_zeros_like()).collect::<Result<Vec<_>, _>>()?;
         let work = no_grad(|group| group.all_gather(&input, &outputs), &self.inner)?;
         self.work(work).wait()?;
         Ok(outputs)

@@ -29,7 +29,11 @@ impl Reducer {
     ///
     /// # Errors
     /// When there are no parameters, or one is no leaf that requires a gradient.
-    pub fn new(params: &[Tensor], group: &ProcessGroup, bucket_bytes: usize) -> Result<Self, CollectiveError> {
+    pub fn new(
+        params: &[Tensor],
+        group: &ProcessGroup,
+        bucket_bytes: usize,
+    ) -> Result<Self, CollectiveError> {
         if params.is_empty() {
             return Err(CollectiveError::Engine("a reducer of no parameters".into()));
         }
@@ -106,7 +110,10 @@ mod tests {
     use super::*;
 
     fn sizes(bytes: &[usize]) -> Vec<ParamSize> {
-        bytes.iter().map(|&bytes| ParamSize { bytes, kind: Kind::Float, device: Device::Cpu }).collect()
+        bytes
+            .iter()
+            .map(|&bytes| ParamSize { bytes, kind: Kind::Float, device: Device::Cpu })
+            .collect()
     }
 
     #[test]

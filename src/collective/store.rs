@@ -35,7 +35,12 @@ impl Keys for KvClient {
         Ok(Self::add(self, key, delta)?)
     }
 
-    fn compare_set(&self, key: &[u8], expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError> {
+    fn compare_set(
+        &self,
+        key: &[u8],
+        expected: &[u8],
+        desired: &[u8],
+    ) -> Result<Vec<u8>, StoreError> {
         Ok(Self::compare_set(self, key, expected, desired)?)
     }
 

@@ -49,8 +49,18 @@ unsafe extern "C" {
     ) -> c_int;
     fn cpcr_group_abort(group: *mut RawGroup) -> c_int;
     fn cpcr_group_free(group: *mut RawGroup);
-    fn cpcr_all_reduce(group: *mut RawGroup, tensor: RawTensor, op: c_int, out: *mut *mut RawWork) -> c_int;
-    fn cpcr_broadcast(group: *mut RawGroup, tensor: RawTensor, root: c_int, out: *mut *mut RawWork) -> c_int;
+    fn cpcr_all_reduce(
+        group: *mut RawGroup,
+        tensor: RawTensor,
+        op: c_int,
+        out: *mut *mut RawWork,
+    ) -> c_int;
+    fn cpcr_broadcast(
+        group: *mut RawGroup,
+        tensor: RawTensor,
+        root: c_int,
+        out: *mut *mut RawWork,
+    ) -> c_int;
     fn cpcr_all_gather(
         group: *mut RawGroup,
         tensor: RawTensor,
@@ -72,7 +82,11 @@ unsafe extern "C" {
         bucket_bytes: i64,
         out: *mut *mut RawReducer,
     ) -> c_int;
-    fn cpcr_reducer_prepare(reducer: *mut RawReducer, outputs: *const RawTensor, count: usize) -> c_int;
+    fn cpcr_reducer_prepare(
+        reducer: *mut RawReducer,
+        outputs: *const RawTensor,
+        count: usize,
+    ) -> c_int;
     fn cpcr_reducer_free(reducer: *mut RawReducer);
     fn cpcr_clear_gradients(params: *const RawTensor, count: usize) -> c_int;
 }
@@ -159,7 +173,13 @@ impl Group {
     ///
     /// # Errors
     /// When a peer does not come within `timeout`, or cannot be reached from `address`.
-    pub fn gloo(store: &Store, rank: i32, size: i32, timeout: Duration, address: &str) -> Result<Self, BridgeError> {
+    pub fn gloo(
+        store: &Store,
+        rank: i32,
+        size: i32,
+        timeout: Duration,
+        address: &str,
+    ) -> Result<Self, BridgeError> {
         let address = text(address)?;
         let mut out = ptr::null_mut();
         // SAFETY: the store lives (the group takes a reference of its own), `address` outlives the
@@ -212,7 +232,13 @@ impl Group {
         // SAFETY: as in `all_reduce`; `outputs` is a list of `count` live tensors that C++ copies
         // (by reference count) before it returns.
         check(unsafe {
-            cpcr_all_gather(self.0.as_ptr(), tensor.as_ptr(), outputs.as_ptr(), outputs.len(), &mut out)
+            cpcr_all_gather(
+                self.0.as_ptr(),
+                tensor.as_ptr(),
+                outputs.as_ptr(),
+                outputs.len(),
+                &mut out,
+            )
         })?;
         Ok(Work(non_null(out)?))
     }
@@ -282,7 +308,12 @@ impl Reducer {
     ///
     /// # Errors
     /// When buckets and parameters don't fit each other.
-    pub fn new(group: &Group, params: &[Tensor], buckets: &[Vec<usize>], bucket_bytes: i64) -> Result<Self, BridgeError> {
+    pub fn new(
+        group: &Group,
+        params: &[Tensor],
+        buckets: &[Vec<usize>],
+        bucket_bytes: i64,
+    ) -> Result<Self, BridgeError> {
         let params = pointers(params);
         let indices: Vec<usize> = buckets.iter().flatten().copied().collect();
         let sizes: Vec<usize> = buckets.iter().map(Vec::len).collect();

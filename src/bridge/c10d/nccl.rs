@@ -90,7 +90,11 @@ fn open(path: &str) -> Result<*mut c_void, BridgeError> {
     // thread's next dl call; null is checked.
     let message = unsafe {
         let message = dlerror();
-        if message.is_null() { format!("open {path}") } else { CStr::from_ptr(message).to_string_lossy().into_owned() }
+        if message.is_null() {
+            format!("open {path}")
+        } else {
+            CStr::from_ptr(message).to_string_lossy().into_owned()
+        }
     };
     Err(failed(message))
 }
@@ -126,7 +130,8 @@ impl Group {
         };
         if code != 0 {
             // SAFETY: as above; the buffer began as zeros and C++ leaves its last byte alone.
-            let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy().into_owned();
+            let message =
+                unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy().into_owned();
             return Err(BridgeError { failure: Failure::of_code(code, &message), message });
         }
         Ok(Self(non_null(out)?))

@@ -39,7 +39,12 @@ pub trait Keys: Send + Sync {
     ///
     /// # Errors
     /// When the keeper of the keys fails.
-    fn compare_set(&self, key: &[u8], expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError>;
+    fn compare_set(
+        &self,
+        key: &[u8],
+        expected: &[u8],
+        desired: &[u8],
+    ) -> Result<Vec<u8>, StoreError>;
     /// Waits until every key is there.
     ///
     /// # Errors
@@ -115,12 +120,19 @@ impl Table {
 }
 
 /// Runs `body` on the keys behind `context`; leaves a failure's message in `sink`.
-fn answer(context: Context, sink: *mut Sink, body: impl FnOnce(&dyn Keys) -> Result<(), StoreError>) -> c_int {
+fn answer(
+    context: Context,
+    sink: *mut Sink,
+    body: impl FnOnce(&dyn Keys) -> Result<(), StoreError>,
+) -> c_int {
     // SAFETY: `context` is the box that `Table::new` made, alive until `release`, which C++ calls
     // when the last store is gone; it is only read here, and `Keys` is Sync.
     let keys = unsafe { &*context.cast::<Arc<dyn Keys>>() };
     let result = catch_unwind(AssertUnwindSafe(|| body(&**keys))).unwrap_or_else(|_| {
-        Err(StoreError { failure: Failure::Generic, message: "the key-value client panicked".into() })
+        Err(StoreError {
+            failure: Failure::Generic,
+            message: "the key-value client panicked".into(),
+        })
     });
     match result {
         Ok(()) => 0,
@@ -177,21 +189,46 @@ extern "C" fn get(context: Context, key: Slice, timeout_ms: i64, sink: *mut Sink
     })
 }
 
-extern "C" fn add(context: Context, key: Slice, delta: i64, result: *mut i64, sink: *mut Sink) -> c_int {
+extern "C" fn add(
+    context: Context,
+    key: Slice,
+    delta: i64,
+    result: *mut i64,
+    sink: *mut Sink,
+) -> c_int {
     answer(context, sink, |keys| keys.add(key.bytes(), delta).map(|sum| put(result, sum)))
 }
 
-extern "C" fn compare_set(context: Context, key: Slice, expected: Slice, desired: Slice, sink: *mut Sink) -> c_int {
+extern "C" fn compare_set(
+    context: Context,
+    key: Slice,
+    expected: Slice,
+    desired: Slice,
+    sink: *mut Sink,
+) -> c_int {
     answer(context, sink, |keys| {
-        keys.compare_set(key.bytes(), expected.bytes(), desired.bytes()).map(|value| give(sink, &value))
+        keys.compare_set(key.bytes(), expected.bytes(), desired.bytes())
+            .map(|value| give(sink, &value))
     })
 }
 
-extern "C" fn wait(context: Context, keys: *const Slice, count: usize, timeout_ms: i64, sink: *mut Sink) -> c_int {
+extern "C" fn wait(
+    context: Context,
+    keys: *const Slice,
+    count: usize,
+    timeout_ms: i64,
+    sink: *mut Sink,
+) -> c_int {
     answer(context, sink, |store| store.wait(&list(keys, count), duration(timeout_ms)))
 }
 
-extern "C" fn check(context: Context, keys: *const Slice, count: usize, result: *mut i64, sink: *mut Sink) -> c_int {
+extern "C" fn check(
+    context: Context,
+    keys: *const Slice,
+    count: usize,
+    result: *mut i64,
+    sink: *mut Sink,
+) -> c_int {
     answer(context, sink, |store| {
         store.check(&list(keys, count)).map(|there| put(result, i64::from(there)))
     })

@@ -53,7 +53,11 @@ impl KvClient {
     /// A client of the service at `address`; connects when first used.
     #[must_use]
     pub fn new(address: SocketAddr, connect_timeout: Duration) -> Self {
-        Self { address, connect_timeout: connect_timeout.max(Duration::from_millis(1)), idle: Mutex::default() }
+        Self {
+            address,
+            connect_timeout: connect_timeout.max(Duration::from_millis(1)),
+            idle: Mutex::default(),
+        }
     }
 
     /// Sets `key`.
@@ -100,10 +104,18 @@ impl KvClient {
     ///
     /// # Errors
     /// [`KvError::Refused`] over a limit; [`KvError::Lost`].
-    pub fn compare_set(&self, key: &[u8], expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, KvError> {
+    pub fn compare_set(
+        &self,
+        key: &[u8],
+        expected: &[u8],
+        desired: &[u8],
+    ) -> Result<Vec<u8>, KvError> {
         bounded(&[key], &[expected, desired])?;
-        let request =
-            Request::CompareSet { key: key.to_vec(), expected: expected.to_vec(), desired: desired.to_vec() };
+        let request = Request::CompareSet {
+            key: key.to_vec(),
+            expected: expected.to_vec(),
+            desired: desired.to_vec(),
+        };
         match self.call(&request, Duration::ZERO)? {
             Reply::Value(value) => Ok(value),
             other => Err(self.unexpected(other, Duration::ZERO)),
@@ -155,9 +167,8 @@ impl KvClient {
             Reply::TimedOut => KvError::Timeout(timeout),
             Reply::Forgotten => KvError::Forgotten,
             Reply::Refused(why) => KvError::Refused(why),
-            Reply::Done | Reply::Value(_) | Reply::Number(_) => {
-                self.lost(io::Error::new(io::ErrorKind::InvalidData, "an answer to another question"))
-            }
+            Reply::Done | Reply::Value(_) | Reply::Number(_) => self
+                .lost(io::Error::new(io::ErrorKind::InvalidData, "an answer to another question")),
         }
     }
 
@@ -177,7 +188,8 @@ impl KvClient {
             Some(stream) => stream,
             None => self.connect().map_err(|error| self.lost(error))?,
         };
-        let reply = exchange(&mut stream, request, wait.min(WAIT_MAX) + GRACE).map_err(|error| self.lost(error))?;
+        let reply = exchange(&mut stream, request, wait.min(WAIT_MAX) + GRACE)
+            .map_err(|error| self.lost(error))?;
         let mut idle = self.idle();
         if idle.len() < IDLE_MAX {
             idle.push(stream);
@@ -204,7 +216,8 @@ fn exchange(stream: &mut TcpStream, request: &Request, limit: Duration) -> io::R
     }
     let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    Reply::from_body(&body).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "malformed reply"))
+    Reply::from_body(&body)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "malformed reply"))
 }
 
 fn owned(keys: &[&[u8]]) -> Vec<Vec<u8>> {

@@ -38,7 +38,9 @@ impl Memory {
         let old = self.values.get(&key).map_or(0, |old| key.len() + old.len());
         let bytes = self.bytes - old + key.len() + value.len();
         if bytes > TOTAL_BYTES_MAX {
-            return Reply::Refused(format!("the store would hold more than {TOTAL_BYTES_MAX} bytes"));
+            return Reply::Refused(format!(
+                "the store would hold more than {TOTAL_BYTES_MAX} bytes"
+            ));
         }
         self.bytes = bytes;
         let wakes = self.waiters.values().any(|waiter| waiter.keys.contains(&key));
@@ -72,7 +74,12 @@ impl Memory {
     }
 
     /// c10d's rule: an absent key is set if `expected` is empty; the answer is the value then.
-    pub(super) fn compare_set(&mut self, key: Vec<u8>, expected: Vec<u8>, desired: Vec<u8>) -> Reply {
+    pub(super) fn compare_set(
+        &mut self,
+        key: Vec<u8>,
+        expected: Vec<u8>,
+        desired: Vec<u8>,
+    ) -> Reply {
         let matches = match self.values.get(&key) {
             None if expected.is_empty() => true,
             None => return Reply::Value(expected),
@@ -149,10 +156,19 @@ mod tests {
     fn compare_set_follows_c10d() {
         let mut memory = Memory::default();
         let key = || b"k".to_vec();
-        assert_eq!(memory.compare_set(key(), b"x".to_vec(), b"1".to_vec()), Reply::Value(b"x".to_vec()));
+        assert_eq!(
+            memory.compare_set(key(), b"x".to_vec(), b"1".to_vec()),
+            Reply::Value(b"x".to_vec())
+        );
         assert_eq!(memory.compare_set(key(), vec![], b"1".to_vec()), Reply::Value(b"1".to_vec()));
-        assert_eq!(memory.compare_set(key(), b"2".to_vec(), b"3".to_vec()), Reply::Value(b"1".to_vec()));
-        assert_eq!(memory.compare_set(key(), b"1".to_vec(), b"3".to_vec()), Reply::Value(b"3".to_vec()));
+        assert_eq!(
+            memory.compare_set(key(), b"2".to_vec(), b"3".to_vec()),
+            Reply::Value(b"1".to_vec())
+        );
+        assert_eq!(
+            memory.compare_set(key(), b"1".to_vec(), b"3".to_vec()),
+            Reply::Value(b"3".to_vec())
+        );
     }
 
     #[test]

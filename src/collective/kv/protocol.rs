@@ -7,19 +7,40 @@
 use super::{KEY_BYTES_MAX, KEYS_PER_REQUEST_MAX, VALUE_BYTES_MAX};
 
 /// Longest frame: a request of the most keys, or a compare-and-set of two values.
-pub(super) const FRAME_BYTES_MAX: usize = 2 * VALUE_BYTES_MAX + KEYS_PER_REQUEST_MAX * (KEY_BYTES_MAX + 4) + 64;
+pub(super) const FRAME_BYTES_MAX: usize =
+    2 * VALUE_BYTES_MAX + KEYS_PER_REQUEST_MAX * (KEY_BYTES_MAX + 4) + 64;
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Request {
-    Set { key: Vec<u8>, value: Vec<u8> },
+    Set {
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
     /// Waits, then answers with the value.
-    Get { key: Vec<u8>, timeout_ms: u64 },
-    Wait { keys: Vec<Vec<u8>>, timeout_ms: u64 },
-    Add { key: Vec<u8>, delta: i64 },
-    CompareSet { key: Vec<u8>, expected: Vec<u8>, desired: Vec<u8> },
-    Check { keys: Vec<Vec<u8>> },
-    Delete { key: Vec<u8> },
+    Get {
+        key: Vec<u8>,
+        timeout_ms: u64,
+    },
+    Wait {
+        keys: Vec<Vec<u8>>,
+        timeout_ms: u64,
+    },
+    Add {
+        key: Vec<u8>,
+        delta: i64,
+    },
+    CompareSet {
+        key: Vec<u8>,
+        expected: Vec<u8>,
+        desired: Vec<u8>,
+    },
+    Check {
+        keys: Vec<Vec<u8>>,
+    },
+    Delete {
+        key: Vec<u8>,
+    },
     NumKeys,
 }
 
@@ -112,7 +133,9 @@ impl Request {
             Self::Get { key, timeout_ms } => Writer::new(2).bytes(key).number(*timeout_ms),
             Self::Wait { keys, timeout_ms } => Writer::new(3).list(keys).number(*timeout_ms),
             Self::Add { key, delta } => Writer::new(4).bytes(key).number(delta.cast_unsigned()),
-            Self::CompareSet { key, expected, desired } => Writer::new(5).bytes(key).bytes(expected).bytes(desired),
+            Self::CompareSet { key, expected, desired } => {
+                Writer::new(5).bytes(key).bytes(expected).bytes(desired)
+            }
             Self::Check { keys } => Writer::new(6).list(keys),
             Self::Delete { key } => Writer::new(7).bytes(key),
             Self::NumKeys => Writer::new(8),
@@ -165,7 +188,9 @@ impl Reply {
             2 => Self::Number(reader.number()?.cast_signed()),
             3 => Self::TimedOut,
             4 => Self::Forgotten,
-            5 => Self::Refused(String::from_utf8_lossy(&reader.bytes(VALUE_BYTES_MAX)?).into_owned()),
+            5 => {
+                Self::Refused(String::from_utf8_lossy(&reader.bytes(VALUE_BYTES_MAX)?).into_owned())
+            }
             _ => return Err(Malformed),
         };
         reader.end(reply)

@@ -147,7 +147,11 @@ async fn receive(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Req
 }
 
 /// The reply; none when the client went away while it waited.
-async fn answer(request: Request, shared: &Shared, reader: &mut BufReader<OwnedReadHalf>) -> Option<Reply> {
+async fn answer(
+    request: Request,
+    shared: &Shared,
+    reader: &mut BufReader<OwnedReadHalf>,
+) -> Option<Reply> {
     Some(match request {
         Request::Get { key, timeout_ms } => {
             let reply = wait(vec![key.clone()], timeout_ms, shared, reader).await?;
@@ -161,7 +165,9 @@ async fn answer(request: Request, shared: &Shared, reader: &mut BufReader<OwnedR
         Request::Wait { keys, timeout_ms } => wait(keys, timeout_ms, shared, reader).await?,
         Request::Set { key, value } => lock(shared).set(key, value),
         Request::Add { key, delta } => lock(shared).add(key, delta),
-        Request::CompareSet { key, expected, desired } => lock(shared).compare_set(key, expected, desired),
+        Request::CompareSet { key, expected, desired } => {
+            lock(shared).compare_set(key, expected, desired)
+        }
         Request::Check { keys } => Reply::Number(i64::from(lock(shared).has_all(&keys))),
         Request::Delete { key } => Reply::Number(i64::from(lock(shared).delete(&key))),
         Request::NumKeys => Reply::Number(i64::try_from(lock(shared).len()).unwrap_or(i64::MAX)),

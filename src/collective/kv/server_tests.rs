@@ -10,7 +10,8 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// A runtime for the server (its threads serve while the test blocks) and a client.
 fn start() -> (tokio::runtime::Runtime, KvServer, Arc<KvClient>) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let server = runtime.block_on(KvServer::bind((Ipv4Addr::LOCALHOST, 0).into())).unwrap();
     let client = Arc::new(KvClient::new(server.local_addr(), SECOND));
     (runtime, server, client)

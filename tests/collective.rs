@@ -3,6 +3,9 @@
 //! Ranks are threads of this process: Gloo does not mind. NCCL runs the same suite where there
 //! are as many GPUs as ranks, and says aloud that it skips otherwise.
 
+// A test that cannot go on is a test that fails.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;

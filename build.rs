@@ -1,5 +1,6 @@
 //! Builds what Rust cannot: the gRPC types, the C++ bridge to libtorch, and the path by which
 //! the binaries find libtorch without `LD_LIBRARY_PATH`.
+#![allow(clippy::panic)] // A build script reports by panicking: cargo prints the message.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -13,61 +14,69 @@ fn main() {
             "libtorch is not at '{libtorch}': run scripts/setup.sh, or set LIBTORCH to a libtorch 2.11.0"
         );
     };
-    bridge(&libtorch);
-    wire();
+    compile_wire();
+    compile_bridge(&libtorch);
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
 }
 
-/// Compiles every `.cpp` of the bridge into one static library.
-fn bridge(libtorch: &Path) {
-    let mut sources: Vec<PathBuf> = Vec::new();
-    for folder in ["src/bridge/c10d", "src/bridge/ops"] {
-        println!("cargo:rerun-if-changed={folder}");
-        let Ok(entries) = std::fs::read_dir(folder) else { continue };
-        for entry in entries.flatten() {
-            let path = entry.path();
-            println!("cargo:rerun-if-changed={}", path.display());
-            if path.extension().is_some_and(|e| e == "cpp") {
-                sources.push(path);
-            }
-        }
-    }
-    sources.sort();
-    if sources.is_empty() {
-        return;
-    }
-    cc::Build::new()
-        .cpp(true)
-        .files(&sources)
-        .include("src/bridge/gloo_headers")
-        .include(libtorch.join("include"))
-        .include(libtorch.join("include/torch/csrc/api/include"))
-        .flag("-std=c++17")
-        .define("USE_C10D_GLOO", None)
-        // The kernels of ops/ are worth their optimisation in a debug build too.
-        .opt_level(3)
-        .flag("-fopenmp")
-        .flag("-ffp-contract=fast")
-        .flag("-fno-math-errno")
-        .flag("-fno-trapping-math")
-        .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .warnings(false)
-        .compile("cpcr_bridge");
-    for lib in ["torch_cpu", "c10"] {
-        println!("cargo:rustc-link-lib=dylib={lib}");
-    }
-    println!("cargo:rustc-link-search=native={}/lib", libtorch.display());
-    // libtorch's own OpenMP runtime: a second one in the process would fight it for the cores.
-    println!("cargo:rustc-link-arg=-Wl,--as-needed");
-    println!("cargo:rustc-link-arg={}/lib/libgomp.so.1", libtorch.display());
-}
-
 /// Generates the gRPC types: protox reads the `.proto`, so no protoc is needed.
-fn wire() {
+fn compile_wire() {
     println!("cargo:rerun-if-changed=src/proto/control.proto");
     let descriptors = protox::compile(["control.proto"], ["src/proto"])
         .unwrap_or_else(|error| panic!("src/proto/control.proto: {error}"));
     tonic_prost_build::configure()
         .compile_fds(descriptors)
         .unwrap_or_else(|error| panic!("generating the gRPC types: {error}"));
+}
+
+/// Two static libraries from the bridge's sources, all but `src/bridge/nccl`, which needs CUDA's
+/// headers and is its own shared object (`scripts/build-nccl.sh`).
+fn compile_bridge(libtorch: &Path) {
+    println!("cargo:rerun-if-changed=src/bridge/gloo_headers");
+    cpp(libtorch)
+        .define("USE_C10D_GLOO", None)
+        .files(cpp_files(Path::new("src/bridge/c10d")))
+        .compile("cpcr_bridge");
+    // The kernels are worth their optimisation in a debug build too.
+    cpp(libtorch)
+        .opt_level(3)
+        .flag("-fopenmp")
+        .flag("-ffp-contract=fast")
+        .flag("-fno-math-errno")
+        .flag("-fno-trapping-math")
+        .files(cpp_files(Path::new("src/bridge/ops")))
+        .compile("cpcr_ops");
+    // Before torch-sys's own list, which begins with torch_cuda: what both have would be taken
+    // from there, and every binary would want CUDA's libraries.
+    println!("cargo:rustc-link-search=native={}/lib", libtorch.display());
+    for library in ["torch_cpu", "c10"] {
+        println!("cargo:rustc-link-lib=dylib={library}");
+    }
+    // libtorch's own OpenMP runtime: a second one in the process would fight it for the cores.
+    println!("cargo:rustc-link-arg=-Wl,--as-needed");
+    println!("cargo:rustc-link-arg={}/lib/libgomp.so.1", libtorch.display());
+}
+
+/// A C++ build with libtorch's headers as system headers, so that only our own warnings show.
+fn cpp(libtorch: &Path) -> cc::Build {
+    let include = libtorch.join("include");
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").flag("-Wall").flag("-Wextra");
+    for folder in [include.clone(), include.join("torch/csrc/api/include")] {
+        build.flag("-isystem").flag(folder);
+    }
+    build.flag("-isystem").flag("src/bridge/gloo_headers");
+    build
+}
+
+/// The C++ sources of `folder` in a stable order.
+fn cpp_files(folder: &Path) -> Vec<PathBuf> {
+    println!("cargo:rerun-if-changed={}", folder.display());
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cpp"))
+        .collect();
+    files.sort();
+    files
 }

@@ -87,7 +87,7 @@ impl Trainer {
     /// Gradients of every parameter, averaged over the ranks when this returns.
     fn backward(&mut self, loss: &StepLoss) -> Result<(), TrainerError> {
         if let Some(reducer) = &mut self.reducer {
-            reducer.prepare_for_backward()?;
+            reducer.prepare_for_backward(&[])?;
         }
         Ok(ops::backward(&loss.roots, &loss.grads)?)
     }

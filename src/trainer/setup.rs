@@ -247,7 +247,7 @@ fn groups(
     }
     let group = |purpose: &str| {
         ProcessGroup::gloo(&Rendezvous {
-            store: a.kv_address,
+            store_addr: a.kv_address,
             prefix: format!("generation-{}/{purpose}", a.generation),
             rank: a.rank,
             world: a.world,

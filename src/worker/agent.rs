@@ -58,7 +58,7 @@ pub async fn run_agent(
 ) -> std::io::Result<i32> {
     tokio::pin!(stop);
     let interface = interface_towards(&options.coordinator).await;
-    let kv = KvServer::start(SocketAddr::new(interface, 0)).await?;
+    let kv = KvServer::bind(SocketAddr::new(interface, 0)).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
     let mut stopping = None;
     loop {

@@ -1,222 +1,240 @@
-//! The blocking client: c10d calls it from its own threads.
+//! The client: blocking, over `std::net`, for c10d's threads.
+//!
+//! Each request in flight has a connection of its own (idle ones are kept), so a wait never
+//! holds up a set. Every call ends: by its timeout plus a grace for the network.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::frame::{Frame, answer, body_length, op};
+use super::protocol::{FRAME_BYTES_MAX, Reply, Request};
+use super::{KEY_BYTES_MAX, KEYS_PER_REQUEST_MAX, VALUE_BYTES_MAX};
 
-/// Longest wait for a connection, and for an answer beyond what the request itself may take.
+/// What the network may take beyond the wait itself.
 const GRACE: Duration = Duration::from_secs(5);
-/// Connections kept for the next request.
+/// The longest wait.
+const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Idle connections kept.
 const IDLE_MAX: usize = 8;
 
-/// Why the service did not do as asked.
+/// Why an operation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KvError {
-    /// A key did not appear in time.
-    #[error("no value within {} ms", waited.as_millis())]
-    Timeout {
-        /// How long was waited.
-        waited: Duration,
-    },
-    /// The service cannot be reached, or broke off.
-    #[error("the key-value service at {address} is gone: {source}")]
-    Gone {
+    /// The keys did not appear in time.
+    #[error("timed out after {0:?} waiting for a key of the key-value service")]
+    Timeout(Duration),
+    /// The keys were forgotten: the generation that they belong to is over.
+    #[error("the keys were forgotten: their generation is over")]
+    Forgotten,
+    /// The service cannot be reached, or does not answer.
+    #[error("the key-value service at {address} is lost")]
+    Lost {
         /// Where it was.
         address: SocketAddr,
-        /// What the socket said.
+        /// What the network said.
         source: io::Error,
     },
-    /// The service refused the request.
+    /// The service refused: a limit, or a value that does not fit the operation.
     #[error("the key-value service refused: {0}")]
     Refused(String),
 }
 
-/// A client that any number of threads may share.
+/// A client of one service; share it freely.
 #[derive(Debug)]
 pub struct KvClient {
     address: SocketAddr,
+    connect_timeout: Duration,
     idle: Mutex<Vec<TcpStream>>,
 }
 
 impl KvClient {
-    /// A client of the service at `address`. Connects with the first request.
+    /// A client of the service at `address`; connects when first used.
     #[must_use]
-    pub fn new(address: SocketAddr) -> Self {
-        Self { address, idle: Mutex::new(Vec::new()) }
+    pub fn new(address: SocketAddr, connect_timeout: Duration) -> Self {
+        Self {
+            address,
+            connect_timeout: connect_timeout.max(Duration::from_millis(1)),
+            idle: Mutex::default(),
+        }
     }
 
     /// Sets `key`.
     ///
     /// # Errors
-    /// See [`KvError`].
+    /// [`KvError::Refused`] over a limit; [`KvError::Lost`].
     pub fn set(&self, key: &[u8], value: &[u8]) -> Result<(), KvError> {
-        self.ask(&Frame::new(op::SET, &[key, value]), Duration::ZERO).map(|_| ())
+        bounded(&[key], &[value])?;
+        self.done(&Request::Set { key: key.to_vec(), value: value.to_vec() }, Duration::ZERO)
     }
 
-    /// The value of `key`, waiting for it.
+    /// The value of `key`, waiting for it up to `timeout`.
     ///
     /// # Errors
-    /// [`KvError::Timeout`] if it does not appear in time.
+    /// [`KvError::Timeout`], [`KvError::Forgotten`], [`KvError::Lost`].
     pub fn get(&self, key: &[u8], timeout: Duration) -> Result<Vec<u8>, KvError> {
-        let request = Frame::new(op::GET, &[key, &milliseconds(timeout)]);
-        self.ask(&request, timeout).map(|reply| reply.field(0).to_vec())
+        bounded(&[key], &[])?;
+        let request = Request::Get { key: key.to_vec(), timeout_ms: millis(timeout) };
+        match self.call(&request, timeout)? {
+            Reply::Value(value) => Ok(value),
+            other => Err(self.unexpected(other, timeout)),
+        }
     }
 
-    /// Waits for `key`.
+    /// Waits up to `timeout` until every key is there.
     ///
     /// # Errors
-    /// [`KvError::Timeout`] if it does not appear in time.
-    pub fn wait(&self, key: &[u8], timeout: Duration) -> Result<(), KvError> {
-        self.ask(&Frame::new(op::WAIT, &[key, &milliseconds(timeout)]), timeout).map(|_| ())
+    /// [`KvError::Timeout`], [`KvError::Forgotten`], [`KvError::Lost`].
+    pub fn wait(&self, keys: &[&[u8]], timeout: Duration) -> Result<(), KvError> {
+        bounded(keys, &[])?;
+        self.done(&Request::Wait { keys: owned(keys), timeout_ms: millis(timeout) }, timeout)
     }
 
-    /// Adds to a counter; the result is the sum.
+    /// Adds to the decimal number at `key` (0 if absent); the sum. Not repeated on a lost answer.
     ///
     /// # Errors
-    /// See [`KvError`].
-    pub fn add(&self, key: &[u8], by: i64) -> Result<i64, KvError> {
-        let request = Frame::new(op::ADD, &[key, &by.to_le_bytes()]);
-        self.ask(&request, Duration::ZERO).map(|reply| reply.number(0))
+    /// [`KvError::Refused`] if the value is no number; [`KvError::Lost`].
+    pub fn add(&self, key: &[u8], delta: i64) -> Result<i64, KvError> {
+        bounded(&[key], &[])?;
+        self.number(&Request::Add { key: key.to_vec(), delta })
     }
 
-    /// Sets `key` to `desired` if it is `expected` (empty: absent); the result is what it is now.
+    /// Sets `key` to `desired` if it is `expected` (empty: absent); what it is then.
     ///
     /// # Errors
-    /// See [`KvError`].
+    /// [`KvError::Refused`] over a limit; [`KvError::Lost`].
     pub fn compare_set(
         &self,
         key: &[u8],
         expected: &[u8],
         desired: &[u8],
     ) -> Result<Vec<u8>, KvError> {
-        let request = Frame::new(op::COMPARE_SET, &[key, expected, desired]);
-        self.ask(&request, Duration::ZERO).map(|reply| reply.field(0).to_vec())
-    }
-
-    /// Whether `key` is there.
-    ///
-    /// # Errors
-    /// See [`KvError`].
-    pub fn check(&self, key: &[u8]) -> Result<bool, KvError> {
-        self.ask(&Frame::new(op::CHECK, &[key]), Duration::ZERO).map(|reply| reply.field(0) == [1])
-    }
-
-    /// Removes `key`; the result tells whether it was there.
-    ///
-    /// # Errors
-    /// See [`KvError`].
-    pub fn delete(&self, key: &[u8]) -> Result<bool, KvError> {
-        self.ask(&Frame::new(op::DELETE, &[key]), Duration::ZERO).map(|reply| reply.field(0) == [1])
-    }
-
-    /// How many keys there are.
-    ///
-    /// # Errors
-    /// See [`KvError`].
-    pub fn num_keys(&self) -> Result<i64, KvError> {
-        self.ask(&Frame::new(op::COUNT, &[]), Duration::ZERO).map(|reply| reply.number(0))
-    }
-
-    /// Removes every key that starts with `prefix`: an ended generation's.
-    ///
-    /// # Errors
-    /// See [`KvError`].
-    pub fn forget(&self, prefix: &[u8]) -> Result<(), KvError> {
-        self.ask(&Frame::new(op::FORGET, &[prefix]), Duration::ZERO).map(|_| ())
-    }
-
-    fn ask(&self, request: &Frame, patience: Duration) -> Result<Frame, KvError> {
-        let gone = |source| KvError::Gone { address: self.address, source };
-        let mut stream = match self.lock().pop() {
-            Some(stream) => stream,
-            None => TcpStream::connect_timeout(&self.address, GRACE).map_err(gone)?,
+        bounded(&[key], &[expected, desired])?;
+        let request = Request::CompareSet {
+            key: key.to_vec(),
+            expected: expected.to_vec(),
+            desired: desired.to_vec(),
         };
-        let reply = exchange(&mut stream, request, patience + GRACE).map_err(gone)?;
-        let mut idle = self.lock();
+        match self.call(&request, Duration::ZERO)? {
+            Reply::Value(value) => Ok(value),
+            other => Err(self.unexpected(other, Duration::ZERO)),
+        }
+    }
+
+    /// Whether every key is there now.
+    ///
+    /// # Errors
+    /// [`KvError::Lost`].
+    pub fn check(&self, keys: &[&[u8]]) -> Result<bool, KvError> {
+        bounded(keys, &[])?;
+        Ok(self.number(&Request::Check { keys: owned(keys) })? != 0)
+    }
+
+    /// Removes `key`; whether it was there.
+    ///
+    /// # Errors
+    /// [`KvError::Lost`].
+    pub fn delete(&self, key: &[u8]) -> Result<bool, KvError> {
+        bounded(&[key], &[])?;
+        Ok(self.number(&Request::Delete { key: key.to_vec() })? != 0)
+    }
+
+    /// How many keys there are, under every prefix.
+    ///
+    /// # Errors
+    /// [`KvError::Lost`].
+    pub fn num_keys(&self) -> Result<i64, KvError> {
+        self.number(&Request::NumKeys)
+    }
+
+    fn done(&self, request: &Request, timeout: Duration) -> Result<(), KvError> {
+        match self.call(request, timeout)? {
+            Reply::Done => Ok(()),
+            other => Err(self.unexpected(other, timeout)),
+        }
+    }
+
+    fn number(&self, request: &Request) -> Result<i64, KvError> {
+        match self.call(request, Duration::ZERO)? {
+            Reply::Number(number) => Ok(number),
+            other => Err(self.unexpected(other, Duration::ZERO)),
+        }
+    }
+
+    fn unexpected(&self, reply: Reply, timeout: Duration) -> KvError {
+        match reply {
+            Reply::TimedOut => KvError::Timeout(timeout),
+            Reply::Forgotten => KvError::Forgotten,
+            Reply::Refused(why) => KvError::Refused(why),
+            Reply::Done | Reply::Value(_) | Reply::Number(_) => self
+                .lost(io::Error::new(io::ErrorKind::InvalidData, "an answer to another question")),
+        }
+    }
+
+    fn lost(&self, source: io::Error) -> KvError {
+        KvError::Lost { address: self.address, source }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<TcpStream>> {
+        // Nothing panics while it is held: pushes and pops only.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call(&self, request: &Request, wait: Duration) -> Result<Reply, KvError> {
+        // A connection that fails is dropped, not returned: its next answer would be this one's.
+        let kept = self.idle().pop();
+        let mut stream = match kept {
+            Some(stream) => stream,
+            None => self.connect().map_err(|error| self.lost(error))?,
+        };
+        let reply = exchange(&mut stream, request, wait.min(WAIT_MAX) + GRACE)
+            .map_err(|error| self.lost(error))?;
+        let mut idle = self.idle();
         if idle.len() < IDLE_MAX {
             idle.push(stream);
         }
-        drop(idle);
-        match reply.code {
-            answer::OK => Ok(reply),
-            answer::TIMEOUT => Err(KvError::Timeout { waited: patience }),
-            _ => Err(KvError::Refused(String::from_utf8_lossy(reply.field(0)).into_owned())),
-        }
+        Ok(reply)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<TcpStream>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn connect(&self) -> io::Result<TcpStream> {
+        let stream = TcpStream::connect_timeout(&self.address, self.connect_timeout)?;
+        stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(GRACE))?;
+        Ok(stream)
     }
 }
 
-fn exchange(stream: &mut TcpStream, request: &Frame, timeout: Duration) -> io::Result<Frame> {
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(GRACE))?;
-    stream.write_all(&request.encode())?;
-    let mut head = [0; 4];
-    stream.read_exact(&mut head)?;
-    let mut body = vec![0; body_length(head)?];
+fn exchange(stream: &mut TcpStream, request: &Request, limit: Duration) -> io::Result<Reply> {
+    stream.set_read_timeout(Some(limit))?;
+    stream.write_all(&request.to_frame())?;
+    let mut length = [0; 4];
+    stream.read_exact(&mut length)?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length > FRAME_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "frame too long"));
+    }
+    let mut body = vec![0; length];
     stream.read_exact(&mut body)?;
-    Frame::decode(&body)
+    Reply::from_body(&body)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "malformed reply"))
 }
 
-fn milliseconds(duration: Duration) -> [u8; 8] {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).to_le_bytes()
+fn owned(keys: &[&[u8]]) -> Vec<Vec<u8>> {
+    keys.iter().map(|key| key.to_vec()).collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::KvServer;
-    use super::*;
+fn millis(timeout: Duration) -> u64 {
+    u64::try_from(timeout.min(WAIT_MAX).as_millis()).unwrap_or(u64::MAX)
+}
 
-    fn with_server(test: impl FnOnce(&KvClient)) {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let server = runtime.block_on(KvServer::start(([127, 0, 0, 1], 0).into())).unwrap();
-        test(&KvClient::new(server.local_addr()));
+/// The server drops who passes its limits: say so before sending.
+fn bounded(keys: &[&[u8]], values: &[&[u8]]) -> Result<(), KvError> {
+    if keys.len() > KEYS_PER_REQUEST_MAX
+        || keys.iter().any(|key| key.len() > KEY_BYTES_MAX)
+        || values.iter().any(|value| value.len() > VALUE_BYTES_MAX)
+    {
+        return Err(KvError::Refused("too many keys, or a key or value too long".into()));
     }
-
-    #[test]
-    fn it_keeps_what_c10d_expects_of_a_store() {
-        with_server(|kv| {
-            kv.set(b"a", b"1").unwrap();
-            assert_eq!(kv.get(b"a", Duration::ZERO).unwrap_or_default(), b"1");
-            assert_eq!(kv.add(b"n", 2).unwrap(), 2);
-            assert_eq!(kv.add(b"n", -5).unwrap(), -3);
-            assert_eq!(kv.get(b"n", GRACE).unwrap(), b"-3");
-            assert_eq!(kv.compare_set(b"c", b"", b"x").unwrap(), b"x");
-            assert_eq!(kv.compare_set(b"c", b"y", b"z").unwrap(), b"x");
-            assert_eq!(kv.compare_set(b"c", b"x", b"z").unwrap(), b"z");
-            assert!(kv.check(b"c").unwrap() && !kv.check(b"d").unwrap());
-            assert!(kv.delete(b"c").unwrap() && !kv.delete(b"c").unwrap());
-            assert_eq!(kv.num_keys().unwrap(), 2);
-            kv.forget(b"a").unwrap();
-            assert_eq!(kv.num_keys().unwrap(), 1);
-        });
-    }
-
-    #[test]
-    fn a_waiter_is_woken_by_the_change_and_times_out_without_one() {
-        with_server(|kv| {
-            std::thread::scope(|scope| {
-                let waiter = scope.spawn(|| kv.get(b"late", GRACE));
-                kv.set(b"other", b"").unwrap();
-                kv.set(b"late", b"here").unwrap();
-                assert_eq!(waiter.join().unwrap().unwrap(), b"here");
-            });
-            let error = kv.wait(b"never", Duration::from_millis(30)).unwrap_err();
-            assert!(matches!(error, KvError::Timeout { .. }), "{error}");
-        });
-    }
-
-    #[test]
-    fn a_dead_service_is_an_error_that_names_it() {
-        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let error = KvClient::new(address).set(b"a", b"").unwrap_err();
-        assert!(error.to_string().contains(&address.to_string()), "{error}");
-    }
+    Ok(())
 }

@@ -1,192 +1,221 @@
-//! The service: one task per connection over one map. Waiters are woken by the change itself.
+//! The server: runs on an agent's tokio runtime, without torch.
+//!
+//! One task a connection, one request at a time on it; a wait ends by its event, its timeout or
+//! its client's going away. State survives every connection and dies with the server.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
+use tokio::task::{JoinHandle, JoinSet};
 
-use super::frame::{Frame, answer, body_length, op};
+use super::memory::{Memory, Woken};
+use super::protocol::{FRAME_BYTES_MAX, Reply, Request};
 
-/// Connections at a time: a few per rank of one generation.
+/// Connections at a time; one more waits to be accepted.
 const CONNECTIONS_MAX: usize = 4096;
-/// Keys in all; a generation of 1,000 ranks uses a few thousand.
-const KEYS_MAX: usize = 1 << 20;
-/// Longest key in bytes.
-const KEY_BYTES_MAX: usize = 4096;
+/// A frame that has begun must be whole by then, and a reply taken.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest wait that a client may ask for.
+const WAIT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A running service; it ends when dropped.
+type Shared = Arc<Mutex<Memory>>;
+
+/// A running key-value service; dropping it closes every connection.
 #[derive(Debug)]
 pub struct KvServer {
-    address: SocketAddr,
-    task: tokio::task::JoinHandle<()>,
+    local_addr: SocketAddr,
+    shared: SharedDebug,
+    task: JoinHandle<()>,
 }
 
-#[derive(Debug, Default)]
-struct Shared {
-    map: Mutex<BTreeMap<Vec<u8>, Vec<u8>>>,
-    changed: Notify,
+/// [`Memory`] holds values that no log should show.
+struct SharedDebug(Shared);
+
+impl std::fmt::Debug for SharedDebug {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Memory")
+    }
 }
 
 impl KvServer {
-    /// Listens on `address` (port 0: any) and serves.
+    /// Listens on `address` (port 0: any free one) and serves from a task of the current runtime.
     ///
     /// # Errors
     /// When the address cannot be bound.
-    pub async fn start(address: SocketAddr) -> io::Result<Self> {
+    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
-        let address = listener.local_addr()?;
-        let task = tokio::spawn(accept(listener));
-        Ok(Self { address, task })
+        let local_addr = listener.local_addr()?;
+        let shared = Shared::default();
+        let task = tokio::spawn(accept(listener, shared.clone()));
+        Ok(Self { local_addr, shared: SharedDebug(shared), task })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.address
+        self.local_addr
+    }
+
+    /// Frees every key under `prefix`; whoever waits for one of them is told that it is over.
+    pub fn forget(&self, prefix: &str) {
+        lock(&self.shared.0).forget(prefix.as_bytes());
+    }
+
+    /// How many keys it holds.
+    #[must_use]
+    pub fn num_keys(&self) -> usize {
+        lock(&self.shared.0).len()
     }
 }
 
 impl Drop for KvServer {
     fn drop(&mut self) {
+        // The connections' tasks are in a JoinSet inside this one and end with it.
         self.task.abort();
     }
 }
 
-async fn accept(listener: TcpListener) {
-    let shared = Arc::new(Shared::default());
+/// No code panics while it holds the lock, so a poisoned one still guards whole data.
+fn lock(shared: &Shared) -> MutexGuard<'_, Memory> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn accept(listener: TcpListener, shared: Shared) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let mut connections = tokio::task::JoinSet::new();
+    let mut connections = JoinSet::new();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    let shared = Arc::clone(&shared);
-                    connections.spawn(async move {
-                        if let Err(error) = serve(stream, &shared).await
-                            && error.kind() != io::ErrorKind::UnexpectedEof
-                        {
-                            tracing::debug!(%error, "a connection of the key-value service ended");
-                        }
-                        drop(place);
-                    });
-                }
-                Err(error) => tracing::warn!(%error, "the key-value service cannot accept"),
-            },
-            // Reaps ended connections; resolves only while there are some.
-            Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
-async fn serve(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    loop {
-        let mut head = [0; 4];
-        stream.read_exact(&mut head).await?;
-        let mut body = vec![0; body_length(head)?];
-        stream.read_exact(&mut body).await?;
-        let reply = react(&Frame::decode(&body)?, shared).await;
-        stream.write_all(&reply.encode()).await?;
-    }
-}
-
-async fn react(request: &Frame, shared: &Shared) -> Frame {
-    let key = request.field(0);
-    if key.len() > KEY_BYTES_MAX {
-        return Frame::new(answer::REFUSED, &[b"the key is too long"]);
-    }
-    match request.code {
-        op::GET | op::WAIT => {
-            let patience = Duration::from_millis(u64::try_from(request.number(1)).unwrap_or(0));
-            match tokio::time::timeout(patience, shared.wait_for(key)).await {
-                Ok(_) if request.code == op::WAIT => Frame::new(answer::OK, &[]),
-                Ok(value) => Frame::new(answer::OK, &[&value]),
-                Err(_) => Frame::new(answer::TIMEOUT, &[]),
-            }
-        }
-        _ => shared.at_once(request, key),
-    }
-}
-
-impl Shared {
-    /// The value of `key`, as soon as it has one.
-    async fn wait_for(&self, key: &[u8]) -> Vec<u8> {
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            // Registered before the look, so that a change between the two is not missed.
-            changed.as_mut().enable();
-            if let Some(value) = self.lock().get(key) {
-                return value.clone();
-            }
-            changed.await;
-        }
-    }
-
-    fn at_once(&self, request: &Frame, key: &[u8]) -> Frame {
-        let mut map = self.lock();
-        if map.len() >= KEYS_MAX && matches!(request.code, op::SET | op::ADD | op::COMPARE_SET) {
-            return Frame::new(answer::REFUSED, &[b"too many keys"]);
-        }
-        let flag = |yes: bool| Frame::new(answer::OK, &[&[u8::from(yes)]]);
-        let reply = match request.code {
-            op::SET => {
-                map.insert(key.to_vec(), request.field(1).to_vec());
-                Frame::new(answer::OK, &[])
-            }
-            op::ADD => {
-                let old: i64 = map
-                    .get(key)
-                    .and_then(|value| std::str::from_utf8(value).ok())
-                    .and_then(|text| text.parse().ok())
-                    .unwrap_or(0);
-                let sum = old.saturating_add(request.number(1));
-                // Decimal text, as c10d's own stores keep counters.
-                map.insert(key.to_vec(), sum.to_string().into_bytes());
-                Frame::new(answer::OK, &[&sum.to_le_bytes()])
-            }
-            op::COMPARE_SET => {
-                let (expected, desired) = (request.field(1), request.field(2));
-                let now = match map.get(key) {
-                    // An absent key matches the empty expectation, as in c10d's TCPStore.
-                    None if expected.is_empty() => None,
-                    None => return Frame::new(answer::OK, &[expected]),
-                    Some(value) if value == expected => None,
-                    Some(value) => Some(value.clone()),
-                };
-                match now {
-                    Some(value) => return Frame::new(answer::OK, &[&value]),
-                    None => {
-                        map.insert(key.to_vec(), desired.to_vec());
-                        Frame::new(answer::OK, &[desired])
+        while connections.try_join_next().is_some() {}
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let shared = shared.clone();
+                connections.spawn(async move {
+                    if let Err(error) = serve(stream, shared).await {
+                        tracing::debug!(%peer, %error, "key-value connection ended");
                     }
-                }
+                    drop(place);
+                });
             }
-            op::CHECK => return flag(map.contains_key(key)),
-            op::DELETE => return flag(map.remove(key).is_some()),
-            op::COUNT => {
-                let count = i64::try_from(map.len()).unwrap_or(i64::MAX);
-                return Frame::new(answer::OK, &[&count.to_le_bytes()]);
+            Err(error) => {
+                // Out of descriptors, say: don't spin on it.
+                tracing::warn!(%error, "accept key-value connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            op::FORGET => {
-                map.retain(|known, _| !known.starts_with(key));
-                return Frame::new(answer::OK, &[]);
-            }
-            _ => return Frame::new(answer::REFUSED, &[b"unknown request"]),
-        };
-        drop(map);
-        self.changed.notify_waiters();
-        reply
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Vec<u8>, Vec<u8>>> {
-        // No code panics while holding it, and a map is sound after any interrupted call.
-        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+        }
     }
 }
+
+async fn serve(stream: TcpStream, shared: Shared) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::new(reader);
+    while let Some(request) = receive(&mut reader).await? {
+        let Some(reply) = answer(request, &shared, &mut reader).await else { return Ok(()) };
+        send(&mut writer, &reply).await?;
+    }
+    Ok(())
+}
+
+async fn send(writer: &mut OwnedWriteHalf, reply: &Reply) -> io::Result<()> {
+    tokio::time::timeout(FRAME_TIMEOUT, writer.write_all(&reply.to_frame())).await?
+}
+
+/// The next request; none when the client has closed between two.
+async fn receive(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Request>> {
+    if reader.fill_buf().await?.is_empty() {
+        return Ok(None);
+    }
+    let body = tokio::time::timeout(FRAME_TIMEOUT, async {
+        let length = reader.read_u32_le().await? as usize;
+        if length > FRAME_BYTES_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "frame too long"));
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).await?;
+        Ok(body)
+    })
+    .await??;
+    Request::from_body(&body)
+        .map(Some)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "malformed request"))
+}
+
+/// The reply; none when the client went away while it waited.
+async fn answer(
+    request: Request,
+    shared: &Shared,
+    reader: &mut BufReader<OwnedReadHalf>,
+) -> Option<Reply> {
+    Some(match request {
+        Request::Get { key, timeout_ms } => {
+            let reply = wait(vec![key.clone()], timeout_ms, shared, reader).await?;
+            match (reply, lock(shared).get(&key)) {
+                (Reply::Done, Some(value)) => Reply::Value(value.clone()),
+                // Deleted between the wake and this line.
+                (Reply::Done, None) => Reply::Forgotten,
+                (other, _) => other,
+            }
+        }
+        Request::Wait { keys, timeout_ms } => wait(keys, timeout_ms, shared, reader).await?,
+        Request::Set { key, value } => lock(shared).set(key, value),
+        Request::Add { key, delta } => lock(shared).add(key, delta),
+        Request::CompareSet { key, expected, desired } => {
+            lock(shared).compare_set(key, expected, desired)
+        }
+        Request::Check { keys } => Reply::Number(i64::from(lock(shared).has_all(&keys))),
+        Request::Delete { key } => Reply::Number(i64::from(lock(shared).delete(&key))),
+        Request::NumKeys => Reply::Number(i64::try_from(lock(shared).len()).unwrap_or(i64::MAX)),
+    })
+}
+
+/// Takes a waiter off the list however the wait ends, cancellation included.
+struct Waiting<'a>(&'a Shared, u64);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        lock(self.0).stop_waiting(self.1);
+    }
+}
+
+async fn wait(
+    keys: Vec<Vec<u8>>,
+    timeout_ms: u64,
+    shared: &Shared,
+    reader: &mut BufReader<OwnedReadHalf>,
+) -> Option<Reply> {
+    let (id, woken) = {
+        let mut memory = lock(shared);
+        if memory.has_all(&keys) {
+            return Some(Reply::Done);
+        }
+        memory.wait(keys)
+    };
+    let _waiting = Waiting(shared, id);
+    tokio::select! {
+        biased;
+        how = woken => Some(match how {
+            Ok(Woken::Present) => Reply::Done,
+            Ok(Woken::Forgotten) | Err(_) => Reply::Forgotten,
+        }),
+        () = tokio::time::sleep(Duration::from_millis(timeout_ms).min(WAIT_MAX)) => Some(Reply::TimedOut),
+        () = gone(reader) => None,
+    }
+}
+
+/// Returns when the client has closed; never if it sends instead (that is its next request).
+async fn gone(reader: &mut BufReader<OwnedReadHalf>) {
+    match reader.fill_buf().await {
+        Ok(bytes) if !bytes.is_empty() => std::future::pending().await,
+        _ => (),
+    }
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

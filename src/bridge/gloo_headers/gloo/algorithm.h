@@ -1,2 +1,3 @@
-// Declared for the layout of c10d::ProcessGroupGloo only; see ../README.md.
+// Stands in for Gloo's header of this name, which libtorch's ProcessGroupGloo.hpp includes but
+// the wheel lacks. Nothing of it is needed. See ../README.md.
 #pragma once

@@ -1,2 +1,2 @@
-// Declared for the layout of c10d::ProcessGroupGloo only; see ../README.md.
+// Stands in for Gloo's header of this name. Nothing of it is needed. See ../../README.md.
 #pragma once

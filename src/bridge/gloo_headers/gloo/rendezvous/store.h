@@ -1,17 +1,21 @@
-// Declared for the layout of c10d::ProcessGroupGloo only; see ../../README.md.
+// The base of c10d's GlooStore, which only libtorch constructs. See ../../README.md.
 #pragma once
 #include <chrono>
+#include <cstdint>
 #include <string>
 #include <vector>
+
 namespace gloo {
 namespace rendezvous {
+
 class Store {
  public:
-  virtual ~Store();
-  virtual void set(const std::string& key, const std::vector<char>& data) = 0;
+  virtual ~Store() = default;
+  virtual void set(const std::string& key, const std::vector<char>& value) = 0;
   virtual std::vector<char> get(const std::string& key) = 0;
   virtual void wait(const std::vector<std::string>& keys) = 0;
   virtual void wait(const std::vector<std::string>& keys, const std::chrono::milliseconds& timeout) = 0;
 };
-}  // namespace rendezvous
-}  // namespace gloo
+
+} // namespace rendezvous
+} // namespace gloo

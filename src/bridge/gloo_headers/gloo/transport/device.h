@@ -1,12 +1,8 @@
-// Declared for the layout of c10d::ProcessGroupGloo only; see ../../README.md.
+// A device is made by libtorch and only carried about in a shared_ptr. See ../../README.md.
 #pragma once
-#include <memory>
-#include "gloo/transport/unbound_buffer.h"
+
 namespace gloo {
 namespace transport {
-class Device {
- public:
-  virtual ~Device() = 0;
-};
-}  // namespace transport
-}  // namespace gloo
+class Device;
+}
+} // namespace gloo

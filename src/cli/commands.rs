@@ -302,7 +302,8 @@ async fn checkpoints(command: Checkpoints) -> Result<i32, Failure> {
 
 /// JSON for programs, TOML-like indented JSON for people.
 fn print(value: &impl Serialize, json: bool) -> Result<(), Failure> {
-    let text = if json { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
+    let text =
+        if json { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
     println!("{}", text.map_err(Failure::failed)?);
     Ok(())
 }
@@ -310,9 +311,7 @@ fn print(value: &impl Serialize, json: bool) -> Result<(), Failure> {
 async fn diagnose(store: Option<&str>, json: bool) -> Result<i32, Failure> {
     let outcome = match store {
         Some(url) => {
-            let probed = async {
-                Store::open(url, &StoreOptions::default())?.probe().await
-            };
+            let probed = async { Store::open(url, &StoreOptions::default())?.probe().await };
             probed.await.map(|()| "creates exclusively".to_owned()).map_err(|e| e.to_string())
         }
         None => Ok(String::new()),

@@ -17,8 +17,8 @@ use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
 use crate::proto::{EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::store::{Store, StoreOptions};
-use crate::telemetry::progress::{Outcome, Progress, ProgressState};
 use crate::telemetry::progress::RunStatus as Shown;
+use crate::telemetry::progress::{Outcome, Progress, ProgressState};
 
 /// Trains on this machine: a coordinator, N agents, N trainers.
 #[derive(Debug, Parser)]
@@ -114,11 +114,14 @@ fn local_folder(url: &str) -> Option<PathBuf> {
 /// A run on data of the user's own.
 fn plain(arguments: &Arguments, config: RunConfig) -> Result<Plan, Failure> {
     if config.data.url.is_none() {
-        return Err(Failure::usage("no dataset: give --data URL (make one with `cpcr data import` or `cpcr data synth`)"));
+        return Err(Failure::usage(
+            "no dataset: give --data URL (make one with `cpcr data import` or `cpcr data synth`)",
+        ));
     }
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let folder = local_folder(&run);
-    let logs = folder.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.name)).join("logs");
+    let logs =
+        folder.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.name)).join("logs");
     let report = folder.map(|folder| folder.join("report/index.html"));
     let family = Family { logs, environment: Vec::new() };
     Ok(Plan { nodes: arguments.nodes, config, run, family, report, s3: None })
@@ -128,14 +131,16 @@ fn plain(arguments: &Arguments, config: RunConfig) -> Result<Plan, Failure> {
 async fn demonstrate(arguments: &Arguments, mut config: RunConfig) -> Result<Plan, Failure> {
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let Some(folder) = local_folder(&run) else {
-        return Err(Failure::usage(format!("--run {run}: the demonstration keeps its bucket in a local folder")));
+        return Err(Failure::usage(format!(
+            "--run {run}: the demonstration keeps its bucket in a local folder"
+        )));
     };
     let mut family = Family { logs: folder.join("logs"), environment: Vec::new() };
     let credentials = [("AWS_ACCESS_KEY_ID", "cpcr"), ("AWS_SECRET_ACCESS_KEY", "demonstration")];
     family.environment = credentials.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
     let bucket = folder.join("bucket");
-    let arguments_s3 =
-        ["s3", "--dir", &bucket.display().to_string(), "--listen", "127.0.0.1:0"].map(str::to_owned);
+    let arguments_s3 = ["s3", "--dir", &bucket.display().to_string(), "--listen", "127.0.0.1:0"]
+        .map(str::to_owned);
     let (s3, address) = family.server("s3.log", &arguments_s3).await?;
     family.environment.extend([
         ("AWS_ENDPOINT".to_owned(), format!("http://{address}")),
@@ -159,10 +164,9 @@ async fn demonstrate(arguments: &Arguments, mut config: RunConfig) -> Result<Pla
 
 /// The launcher's own store options: what the children get by their environment.
 fn options(plan: &Plan) -> StoreOptions {
-    plan.family
-        .environment
-        .iter()
-        .fold(StoreOptions::default(), |options, (key, value)| options.with(key.to_lowercase(), value))
+    plan.family.environment.iter().fold(StoreOptions::default(), |options, (key, value)| {
+        options.with(key.to_lowercase(), value)
+    })
 }
 
 /// Probes the store and writes the run's configuration, unless the run is another one.
@@ -194,7 +198,10 @@ async fn prepare(plan: &mut Plan, arguments: &Arguments) -> Result<(), Failure> 
         let differences = plan.config.differences(&earlier);
         let begun = !store.list("checkpoints").await.map_err(Failure::failed)?.is_empty();
         if begun && arguments.resume == "never" {
-            return Err(Failure::usage(format!("{} holds a run already (--resume never)", plan.run)));
+            return Err(Failure::usage(format!(
+                "{} holds a run already (--resume never)",
+                plan.run
+            )));
         }
         if begun && !differences.is_empty() {
             return Err(Failure::usage(format!(
@@ -274,7 +281,11 @@ impl Processes<'_> {
     }
 
     /// Starts again what the run still needs; `Some`: the run is over, with this status.
-    async fn react(&mut self, ended: Ended, progress: &mut Progress) -> Result<Option<i32>, Failure> {
+    async fn react(
+        &mut self,
+        ended: Ended,
+        progress: &mut Progress,
+    ) -> Result<Option<i32>, Failure> {
         match ended {
             Ended::Coordinator(Some(status)) => return Ok(Some(status)),
             Ended::Coordinator(None) => {
@@ -313,8 +324,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
     let arguments = Processes::coordinator_arguments(plan, "127.0.0.1:0");
     let (coordinator, address) = plan.family.server("coordinator.log", &arguments).await?;
     let restarts_left = plan.config.recovery.restarts;
-    let mut processes =
-        Processes { plan, coordinator, address, agents: Vec::new(), restarts_left };
+    let mut processes = Processes { plan, coordinator, address, agents: Vec::new(), restarts_left };
     for node in 0..plan.nodes {
         let child = processes.agent(node)?;
         processes.agents.push(Some(child));

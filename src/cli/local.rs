@@ -51,13 +51,14 @@ impl Family {
     ///
     /// # Errors
     /// When it ends or stays silent instead; the log's last line says why.
-    pub async fn server(&self, log: &str, arguments: &[String]) -> Result<(Child, SocketAddr), Failure> {
+    pub async fn server(
+        &self,
+        log: &str,
+        arguments: &[String],
+    ) -> Result<(Child, SocketAddr), Failure> {
         let mut command = self.command("cpcr", log)?;
-        let mut child = command
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(Failure::failed)?;
+        let mut child =
+            command.args(arguments).stdout(Stdio::piped()).spawn().map_err(Failure::failed)?;
         let stdout = child.stdout.take().ok_or_else(|| Failure::failed("no stdout"))?;
         let mut lines = BufReader::new(stdout).lines();
         let line = tokio::time::timeout(START, lines.next_line()).await;

@@ -59,7 +59,10 @@ pub fn sibling(name: &str) -> Result<PathBuf, Failure> {
     if path.is_file() {
         return Ok(path);
     }
-    Err(Failure::failed(format!("{} is missing: build it with `cargo build --release`", path.display())))
+    Err(Failure::failed(format!(
+        "{} is missing: build it with `cargo build --release`",
+        path.display()
+    )))
 }
 
 /// Threads for each of `trainers` on this machine: its CPU quota, divided.

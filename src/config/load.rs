@@ -60,10 +60,7 @@ fn named(name: &str) -> Result<String, ConfigError> {
     }
     std::fs::read_to_string(Path::new(name)).map_err(|error| ConfigError::Unreadable {
         name: name.to_owned(),
-        reason: format!(
-            "{error} (presets: {})",
-            PRESETS.map(|(known, _)| known).join(", ")
-        ),
+        reason: format!("{error} (presets: {})", PRESETS.map(|(known, _)| known).join(", ")),
     })
 }
 
@@ -104,7 +101,8 @@ mod tests {
 
     #[test]
     fn set_wins_over_the_preset_and_takes_bare_words() {
-        let set = ["train.precision=bf16", "batch.labelled=3", "method=cpcr-focal"].map(str::to_owned);
+        let set =
+            ["train.precision=bf16", "batch.labelled=3", "method=cpcr-focal"].map(str::to_owned);
         let config = load(&ConfigSource::Named("demo".to_owned()), &set).unwrap();
         assert_eq!(config.train.precision, Precision::Bf16);
         assert_eq!(config.batch.labelled, 3);
@@ -122,7 +120,8 @@ mod tests {
 
     #[test]
     fn wrong_values_and_missing_files_are_named() {
-        let error = |pair: &str| load(&ConfigSource::Defaults, &[pair.to_owned()]).unwrap_err().to_string();
+        let error =
+            |pair: &str| load(&ConfigSource::Defaults, &[pair.to_owned()]).unwrap_err().to_string();
         assert!(error("patch_size=100").contains("patch_size = 100"));
         assert!(error("train.iterations=soon").contains("iterations"));
         assert!(error("nonsense").contains("KEY=VALUE"));

@@ -102,17 +102,31 @@ impl RunConfig {
         let fail = |key, value: String, reason: &str| {
             Err(ConfigError::OutOfRange { key, value, reason: reason.to_owned() })
         };
-        if self.name.is_empty() || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+        if self.name.is_empty()
+            || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        {
             return fail("name", self.name.clone(), "letters, digits, '-', '_' and '.' only");
         }
         if self.patch_size == 0 || !self.patch_size.is_multiple_of(16) {
-            return fail("patch_size", self.patch_size.to_string(), "a positive multiple of 16 (four halvings)");
+            return fail(
+                "patch_size",
+                self.patch_size.to_string(),
+                "a positive multiple of 16 (four halvings)",
+            );
         }
         if self.model.widths.iter().any(|&w| w == 0) {
-            return fail("model.widths", format!("{:?}", self.model.widths), "every width at least 1");
+            return fail(
+                "model.widths",
+                format!("{:?}", self.model.widths),
+                "every width at least 1",
+            );
         }
         if self.model.dropout.iter().any(|p| !(0.0..1.0).contains(p)) {
-            return fail("model.dropout", format!("{:?}", self.model.dropout), "probabilities in [0, 1)");
+            return fail(
+                "model.dropout",
+                format!("{:?}", self.model.dropout),
+                "probabilities in [0, 1)",
+            );
         }
         if self.batch.labelled == 0 {
             return fail("batch.labelled", "0".to_owned(), "at least 1 labelled sample a step");
@@ -127,13 +141,21 @@ impl RunConfig {
             return fail("train.lr", self.train.lr.to_string(), "a positive number");
         }
         if self.loss.temperature <= 0.0 || self.loss.temperature.is_nan() {
-            return fail("loss.temperature", self.loss.temperature.to_string(), "a positive number");
+            return fail(
+                "loss.temperature",
+                self.loss.temperature.to_string(),
+                "a positive number",
+            );
         }
         if self.validate.every == 0 || self.checkpoint.every == 0 {
             return fail("validate.every, checkpoint.every", "0".to_owned(), "at least 1 (steps)");
         }
         if self.checkpoint.keep_last == 0 {
-            return fail("checkpoint.keep_last", "0".to_owned(), "at least 1, or nothing could be resumed");
+            return fail(
+                "checkpoint.keep_last",
+                "0".to_owned(),
+                "at least 1, or nothing could be resumed",
+            );
         }
         Ok(())
     }

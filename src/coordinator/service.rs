@@ -207,7 +207,11 @@ fn note(status: &watch::Sender<wire::RunStatus>, text: String) {
     });
 }
 
-fn execute(effect: Effect, agents: &BTreeMap<NodeId, Agent>, status: &watch::Sender<wire::RunStatus>) {
+fn execute(
+    effect: Effect,
+    agents: &BTreeMap<NodeId, Agent>,
+    status: &watch::Sender<wire::RunStatus>,
+) {
     let send = |node: NodeId, kind: order::Kind| {
         if let Some(agent) = agents.get(&node)
             && agent.orders.try_send(Ok(wire::Order { kind: Some(kind) })).is_err()

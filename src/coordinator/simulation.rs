@@ -138,7 +138,9 @@ fn thousands_of_seeds_end_and_never_double_a_trainer() {
                     }
                 }
                 5 | 6 => match running.remove(&NodeId(node)) {
-                    Some(generation) => exited(node, generation.0, [0, 1, 75, 137][(rng.next_u32() % 4) as usize]),
+                    Some(generation) => {
+                        exited(node, generation.0, [0, 1, 75, 137][(rng.next_u32() % 4) as usize])
+                    }
                     None => Event::Tick,
                 },
                 7 if rng.next_u32() % 8 == 0 => Event::StopRequested { reason: "test".to_owned() },
@@ -172,6 +174,10 @@ fn thousands_of_seeds_end_and_never_double_a_trainer() {
             now += Duration::from_secs(1);
             state.apply(now, Event::Tick);
         }
-        assert!(matches!(state.phase(), Phase::Finished { .. }), "seed {seed}: {:?}", state.phase());
+        assert!(
+            matches!(state.phase(), Phase::Finished { .. }),
+            "seed {seed}: {:?}",
+            state.phase()
+        );
     }
 }

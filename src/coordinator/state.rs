@@ -422,7 +422,9 @@ impl State {
                 );
                 self.finish(EXIT_RESUMABLE, reason, effects);
             }
-            Phase::Draining { waiting_for, since } if now.saturating_sub(*since) > self.limits.drain => {
+            Phase::Draining { waiting_for, since }
+                if now.saturating_sub(*since) > self.limits.drain =>
+            {
                 for node in waiting_for.clone() {
                     self.lose(now, node, "its trainer would not end", effects);
                 }
@@ -430,7 +432,11 @@ impl State {
             Phase::Training { stopping: Some(since), .. }
                 if now.saturating_sub(*since) > self.limits.drain =>
             {
-                self.finish(EXIT_RESUMABLE, "the trainers did not stop in time".to_owned(), effects);
+                self.finish(
+                    EXIT_RESUMABLE,
+                    "the trainers did not stop in time".to_owned(),
+                    effects,
+                );
             }
             _ => {}
         }

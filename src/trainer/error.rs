@@ -19,7 +19,9 @@ pub enum TrainerError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A resumed run differs in what may not change: the user's to mend.
-    #[error("checkpoint {step} was made with another {what}; use another --run, or the old settings")]
+    #[error(
+        "checkpoint {step} was made with another {what}; use another --run, or the old settings"
+    )]
     Mismatch {
         /// The checkpoint.
         step: Step,

@@ -104,8 +104,7 @@ fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
             let dtype = *dtypes
                 .get(t.dtype.as_str())
                 .ok_or_else(|| ModelError::Input(format!("{}: dtype {}", t.name, t.dtype)))?;
-            let host =
-                checkpoint::HostTensor { dtype, shape: t.shape, bytes: t.bytes.into() };
+            let host = checkpoint::HostTensor { dtype, shape: t.shape, bytes: t.bytes.into() };
             Ok((t.name, host))
         })
         .collect()

@@ -53,7 +53,6 @@ impl Ranks {
 /// The small all-reduce at a step's end: loss terms, and a vote on stopping.
 ///
 /// Every rank reads the same sums after the same step, so all stop at the same one.
-#[derive(Debug)]
 pub struct Tail {
     sums: Tensor,
     work: Option<Work>,

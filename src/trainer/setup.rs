@@ -63,10 +63,8 @@ impl Trainer {
     pub(super) fn prepare(assignment: &Assignment) -> Result<Self, TrainerError> {
         tch::set_num_threads(i32::try_from(assignment.threads).unwrap_or(1));
         tch::set_num_interop_threads(1);
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()?;
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let run = Store::open(&assignment.run, &StoreOptions::default())?;
         let text = runtime.block_on(run.get("config.toml"))?;
         let text = String::from_utf8_lossy(&text).into_owned();

@@ -29,7 +29,13 @@ impl Segmenter for Network<'_> {
     type Error = ModelError;
 
     /// `[n, h, w]` intensities -> `[n, h, w]` classes.
-    fn segment(&mut self, slices: &[f32], n: usize, h: usize, w: usize) -> Result<Vec<u8>, ModelError> {
+    fn segment(
+        &mut self,
+        slices: &[f32],
+        n: usize,
+        h: usize,
+        w: usize,
+    ) -> Result<Vec<u8>, ModelError> {
         let x = Tensor::f_from_slice(slices)?.f_view([n as i64, 1, h as i64, w as i64])?;
         let classes = self.0.forward_eval(&x)?.f_argmax(1, false)?;
         let classes = classes.f_to_kind(tch::Kind::Uint8)?.f_contiguous()?.f_view([-1])?;

@@ -1,6 +1,9 @@
 //! Builds what Rust cannot: the gRPC types, the C++ bridge to libtorch, and the path by which
 //! the binaries find libtorch without `LD_LIBRARY_PATH`.
 
+// A build that cannot go on says so by panicking: cargo shows it.
+#![allow(clippy::panic)]
+
 use std::env;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +18,21 @@ fn main() {
     };
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
     compile_bridge(&libtorch);
+    hide_cpp_symbols();
+}
+
+/// Keeps the executables' C++ symbols to themselves. Inline functions of libtorch's headers are
+/// in the bridge's objects too; as libtorch has the same ones, the linker would export them, hold
+/// what is exported to be in use, and so link libtorch into binaries that never touch a tensor.
+/// Capital `N`: `operator new` (`_Znwm`) and C names such as `malloc` stay visible, for it is by
+/// them that libtorch uses the allocator linked into the executable.
+fn hide_cpp_symbols() {
+    let out = env::var("OUT_DIR").unwrap_or_default();
+    let script = Path::new(&out).join("exports.map");
+    if let Err(error) = std::fs::write(&script, "{ local: _ZN*; _ZT*; _ZG*; _ZZ*; };\n") {
+        panic!("write {}: {error}", script.display());
+    }
+    println!("cargo:rustc-link-arg=-Wl,--version-script={}", script.display());
 }
 
 /// One static library from every `.cpp` of the bridge but `src/bridge/nccl`, which needs CUDA's

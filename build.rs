@@ -17,6 +17,7 @@ fn main() {
     compile_wire();
     compile_bridge(&libtorch);
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
+    hide_cpp_symbols();
 }
 
 /// Generates the gRPC types: protox reads the `.proto`, so no protoc is needed.
@@ -27,6 +28,20 @@ fn compile_wire() {
     tonic_prost_build::configure()
         .compile_fds(descriptors)
         .unwrap_or_else(|error| panic!("generating the gRPC types: {error}"));
+}
+
+/// Keeps the executables' C++ symbols to themselves. Inline functions of libtorch's headers are
+/// in the bridge's objects too; as libtorch has the same ones, the linker would export them, hold
+/// what is exported to be in use, and so link libtorch into binaries that never touch a tensor.
+/// Capital `N`: `operator new` (`_Znwm`) and C names such as `malloc` stay visible, for it is by
+/// them that libtorch uses the allocator linked into the executable.
+fn hide_cpp_symbols() {
+    let out = env::var("OUT_DIR").unwrap_or_default();
+    let script = Path::new(&out).join("exports.map");
+    if let Err(error) = std::fs::write(&script, "{ local: _ZN*; _ZT*; _ZG*; _ZZ*; };\n") {
+        panic!("write {}: {error}", script.display());
+    }
+    println!("cargo:rustc-link-arg=-Wl,--version-script={}", script.display());
 }
 
 /// Two static libraries from the bridge's sources, all but `src/bridge/nccl`, which needs CUDA's

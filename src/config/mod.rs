@@ -114,7 +114,7 @@ impl RunConfig {
                 "a positive multiple of 16 (four halvings)",
             );
         }
-        if self.model.widths.iter().any(|&w| w == 0) {
+        if self.model.widths.contains(&0) {
             return fail(
                 "model.widths",
                 format!("{:?}", self.model.widths),

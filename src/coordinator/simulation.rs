@@ -155,14 +155,14 @@ fn thousands_of_seeds_end_and_never_double_a_trainer() {
                         let doubled = running.insert(node, generation);
                         assert_eq!(doubled, None, "seed {seed}: two trainers on node {node}");
                     }
-                    Effect::End { node, generation, .. } => {
-                        // The agent kills it and reports, later or never: here at once, half the time.
-                        if rng.next_u32() % 2 == 0 && running.get(&node) == Some(&generation) {
-                            running.remove(&node);
-                            for effect in state.apply(now, exited(node.0, generation.0, 137)) {
-                                if let Effect::Start { node, generation, .. } = effect {
-                                    running.insert(node, generation);
-                                }
+                    // The agent kills it and reports, later or never: here at once, half the time.
+                    Effect::End { node, generation, .. }
+                        if rng.next_u32() % 2 == 0 && running.get(&node) == Some(&generation) =>
+                    {
+                        running.remove(&node);
+                        for effect in state.apply(now, exited(node.0, generation.0, 137)) {
+                            if let Effect::Start { node, generation, .. } = effect {
+                                running.insert(node, generation);
                             }
                         }
                     }

@@ -3,7 +3,6 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -133,6 +132,11 @@ async fn session(
             event = next_event(&mut trainer) => {
                 let (generation, rank, event) = event;
                 match event {
+                    // libtorch prints lines of its own to stdout; events are JSON objects.
+                    ChildEvent::Line(line) if !line.starts_with('{') => {
+                        tracing::info!(rank, "{line}");
+                        true
+                    }
                     ChildEvent::Line(event) => say(agent_message::Kind::Report(
                         wire::TrainerReport { generation, rank, event },
                     )).await,
@@ -233,12 +237,4 @@ async fn interface_towards(coordinator: &str) -> IpAddr {
             fallback
         }
     }
-}
-
-/// A listening socket for a coordinator or a test.
-///
-/// # Errors
-/// When the address is taken or not this machine's.
-pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(address).await
 }

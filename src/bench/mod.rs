@@ -1,1 +1,3 @@
-//! (being written)
+//! Measurements that users can repeat: each is a function from options to a serialisable report.
+
+pub mod step;

@@ -73,7 +73,14 @@ int cpcr_ops_sgd(at::Tensor* const* params, at::Tensor* const* buffers, int64_t 
 }
 
 int cpcr_ops_channels_last(const at::Tensor* in, at::Tensor** out) {
-  return guarded([&] { *out = new at::Tensor(in->contiguous(at::MemoryFormat::ChannelsLast)); });
+  return guarded([&] {
+    auto t = in->contiguous(at::MemoryFormat::ChannelsLast);
+    // With one channel both layouts have the same elements in the same order and ATen keeps the
+    // planar strides, which convolutions take for a planar input: say which one is meant.
+    if (t.size(1) == 1 && t.suggest_memory_format() != at::MemoryFormat::ChannelsLast)
+      t = t.as_strided(t.sizes(), {t.size(2) * t.size(3), 1, t.size(3), 1});
+    *out = new at::Tensor(t);
+  });
 }
 
 int cpcr_ops_is_channels_last(const at::Tensor* in, int* out) {

@@ -17,6 +17,7 @@ const ORDER: &[&str] = &[
     "store",
     "data",
     "checkpoint",
+    "kv",
     "bridge",
     "collective",
     "model",

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cpcr::collective::kv::KvServer;
 use cpcr::collective::{CollectiveError, ProcessGroup, ReduceOp, Reducer, Rendezvous};
+use cpcr::kv::KvServer;
 use cpcr::types::{Rank, WorldSize};
 use tch::{Device, Kind, Tensor};
 

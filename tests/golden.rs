@@ -4,6 +4,8 @@
 //! from the tensors. Tolerance: max|a - b| <= tol * max|b|, 1e-5 for losses and forwards, 1e-4
 //! for gradients (maximum over all gradients of the file) and weights after three steps.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // The lints' exception for tests stops at their helpers.
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

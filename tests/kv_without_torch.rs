@@ -7,7 +7,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use cpcr::collective::kv::{KvClient, KvServer};
+use cpcr::kv::{KvClient, KvServer};
 
 #[test]
 fn the_key_value_service_works_in_a_process_without_libtorch() {

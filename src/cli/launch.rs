@@ -20,6 +20,9 @@ use crate::store::{Store, StoreOptions};
 use crate::telemetry::progress::RunStatus as Shown;
 use crate::telemetry::progress::{Outcome, Progress, ProgressState};
 
+/// How long an agent may take to leave once the run has ended.
+const LINGER: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Trains on this machine: a coordinator, N agents, N trainers.
 #[derive(Debug, Parser)]
 #[command(name = "cpcr-launch", version)]
@@ -89,8 +92,10 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     {
         eprintln!("report: {}", report.display());
     }
-    if let Some(s3) = &mut plan.s3 {
-        s3.start_kill().ok();
+    if let Some(s3) = &mut plan.s3
+        && let Err(error) = s3.kill().await
+    {
+        tracing::warn!(%error, "the S3 server could not be ended");
     }
     Ok(status)
 }
@@ -308,6 +313,18 @@ impl Processes<'_> {
         Ok(None)
     }
 
+    /// Waits for the agents, which have heard of the end; what lingers is killed. When the launcher
+    /// leaves, nothing of the run is left behind.
+    async fn end(&mut self) {
+        for child in self.agents.iter_mut().flatten() {
+            if tokio::time::timeout(LINGER, child.wait()).await.is_err()
+                && let Err(error) = child.kill().await
+            {
+                tracing::warn!(%error, "an agent could not be killed");
+            }
+        }
+    }
+
     fn spend(&mut self, what: &str) -> Result<(), Failure> {
         match self.restarts_left.checked_sub(1) {
             Some(left) => {
@@ -352,6 +369,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
             }
         }
     };
+    processes.end().await;
     shown.show(&updates.borrow_and_update().clone(), &mut progress);
     watcher.abort();
     finish(plan, status, &shown, progress);

@@ -7,8 +7,8 @@ use std::time::Duration;
 use tch::{Device, Tensor};
 
 use super::error::CollectiveError;
-use super::kv::KvClient;
 use crate::bridge::c10d::{self, ReduceOp};
+use crate::kv::KvClient;
 use crate::types::{Rank, WorldSize};
 
 /// How long a drop waits for the engine to tidy up before it leaves that to a thread.

@@ -9,7 +9,6 @@
 
 mod error;
 mod group;
-pub mod kv;
 mod reducer;
 mod store;
 

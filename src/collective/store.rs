@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use super::kv::{KvClient, KvError};
 use crate::bridge::c10d::{Keys, StoreError};
 use crate::bridge::error::Failure;
+use crate::kv::{KvClient, KvError};
 
 impl From<KvError> for StoreError {
     fn from(error: KvError) -> Self {

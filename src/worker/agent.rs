@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
-use crate::collective::kv::KvServer;
+use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
 use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, TrainerOrder};

@@ -321,7 +321,7 @@ fn peer(options: &StepOptions, python: &Path) -> Result<(f64, Vec<StepCase>), St
     for (name, value) in ours {
         let Some(other) = theirs.losses.get(name) else { continue };
         let off = (value - other).abs() / value.abs().max(1e-12);
-        if !(off <= AGREEMENT) {
+        if off.is_nan() || off > AGREEMENT {
             return Err(StepBenchError::Peer(format!("{name} is {other}, ours {value}")));
         }
         gap = gap.max(off);

@@ -3,7 +3,8 @@
 //! The files lie in `tests/golden/`, or where `CPCR_GOLDEN_DIR` says; sizes and widths are read
 //! from the tensors. Tolerance: max|a - b| <= tol * max|b|, 1e-5 for losses and forwards, 1e-4
 //! for gradients (maximum over all gradients of the file) and weights after three steps.
-
+// Helpers of tests fail like tests.
+#![allow(clippy::unwrap_used, clippy::panic)]
 #![allow(clippy::unwrap_used, clippy::panic)] // The lints' exception for tests stops at their helpers.
 
 use std::collections::BTreeMap;

@@ -292,12 +292,7 @@ impl UpBlock {
         mode: &mut Mode,
     ) -> Result<Tensor, ModelError> {
         let up = match &self.up {
-            Up::Transposed { weight, bias } => {
-                let kind = deep.f_kind()?;
-                let (w, b) = (weight.f_to_kind(kind)?, bias.f_to_kind(kind)?);
-                let (two, zero, one) = ([2i64, 2], [0i64, 0], [1i64, 1]);
-                deep.f_conv_transpose2d(&w, Some(&b), two, zero, zero, 1, one)?
-            }
+            Up::Transposed { weight, bias } => transposed(deep, weight, bias)?,
             Up::Resized { conv, mode } => {
                 let low = conv.forward(deep)?;
                 let size = [skip.size()[2], skip.size()[3]];
@@ -312,6 +307,26 @@ impl UpBlock {
         let joined = Tensor::f_cat(&[skip, &up], 1)?;
         self.block.forward(&joined, mode)
     }
+}
+
+/// ConvTranspose2d with kernel and stride 2: `[N, D, H, W] -> [N, S, 2H, 2W]`.
+fn transposed(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor, ModelError> {
+    let kind = x.f_kind()?;
+    let (w, b) = (weight.f_to_kind(kind)?, bias.f_to_kind(kind)?);
+    let (one, two, zero) = ([1i64, 1], [2i64, 2], [0i64, 0]);
+    if x.device() != tch::Device::Cpu {
+        return Ok(x.f_conv_transpose2d(&w, Some(&b), two, zero, zero, 1, one)?);
+    }
+    // Its windows don't overlap, so it is a 1 x 1 convolution to the four places of each output
+    // square, then a shuffle. oneDNN's own gradient of the weights is four times slower in
+    // bfloat16, and that of the bias not vectorised at all.
+    let [d, s] = [w.size()[0], w.size()[1]];
+    // [D, S, 2, 2] -> [S, 2, 2, D] -> [4S, D, 1, 1]
+    let w = w.f_permute([1i64, 2, 3, 0])?.f_reshape([4 * s, d, 1, 1])?;
+    // [S] -> [S, 4] -> [4S]
+    let b = b.f_unsqueeze(1)?.f_expand([s, 4], false)?.f_reshape([4 * s])?;
+    // [N, 4S, H, W] -> [N, S, 2H, 2W]
+    Ok(x.f_conv2d(&w, Some(&b), one, zero, one, 1)?.f_pixel_shuffle(2)?)
 }
 
 /// A copy with storage of its own, which tch's clone of a CPU tensor has not.

@@ -129,15 +129,18 @@ impl Decoder {
         training: &mut Training,
     ) -> Result<Pyramid, ModelError> {
         let [a, b, c, d] = self.features(x, &mut Mode::Train(training))?;
-        let main = self.out.forward(&d)?;
+        // Heads work in float32: logits keep their precision, and oneDNN's bfloat16 gradient of
+        // so few output channels is ten times slower.
+        let wide = |t: &Tensor| t.f_to_kind(Kind::Float);
+        let main = self.out.forward(&wide(&d)?)?;
         // The key is drawn with or without heads: warm-up changes no other draw.
         let key = training.next_key();
         let aux = match heads {
             Heads::Main => None,
             Heads::All => {
-                let third = self.aux[2].forward(&dropout(&a, AUX_DROPOUT, key)?)?;
-                let second = perturb::feature_dropout(&b, draws.threshold)?;
-                let first = perturb::feature_noise(&c, &draws.noise)?;
+                let third = self.aux[2].forward(&dropout(&wide(&a)?, AUX_DROPOUT, key)?)?;
+                let second = perturb::feature_dropout(&wide(&b)?, draws.threshold)?;
+                let first = perturb::feature_noise(&wide(&c)?, &draws.noise)?;
                 Some([self.aux[0].forward(&first)?, self.aux[1].forward(&second)?, third])
             }
         };

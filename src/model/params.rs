@@ -244,8 +244,8 @@ mod tests {
     #[test]
     fn a_state_that_does_not_fit_is_refused_and_changes_nothing() {
         let mut params = Params::new(Device::Cpu, Layout::ChannelsLast, 3);
-        drop(params.uniform("w".into(), &[2, 3, 3, 3], 27).unwrap());
-        drop(params.counter("n".into()).unwrap());
+        let _w = params.uniform("w".into(), &[2, 3, 3, 3], 27).unwrap();
+        let _n = params.counter("n".into()).unwrap();
         let good = params.to_host().unwrap();
         params.load_host(&good).unwrap();
         let mut other = good.clone();

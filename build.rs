@@ -8,12 +8,16 @@ use std::path::{Path, PathBuf};
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=build.rs");
-    let libtorch = env::var("LIBTORCH").unwrap_or_default();
-    let Ok(libtorch) = std::fs::canonicalize(&libtorch) else {
+    let link = PathBuf::from(env::var("LIBTORCH").unwrap_or_default());
+    let Ok(libtorch) = std::fs::canonicalize(&link) else {
         panic!(
-            "libtorch is not at '{libtorch}': run scripts/setup.sh, or set LIBTORCH to a libtorch 2.11.0"
+            "libtorch is not at '{}': run scripts/setup.sh, or set LIBTORCH to a libtorch 2.11.0",
+            link.display()
         );
     };
+    // `.libtorch` may point elsewhere tomorrow (CPU to CUDA): a binary that found one half of itself
+    // in the old place and the other in the new one would crash.
+    println!("cargo:rerun-if-changed={}", link.join("lib/libtorch_cpu.so").display());
     compile_wire();
     compile_bridge(&libtorch);
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());

@@ -5,7 +5,6 @@
 //! for gradients (maximum over all gradients of the file) and weights after three steps.
 // Helpers of tests fail like tests.
 #![allow(clippy::unwrap_used, clippy::panic)]
-#![allow(clippy::unwrap_used, clippy::panic)] // The lints' exception for tests stops at their helpers.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

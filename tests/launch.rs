@@ -151,13 +151,13 @@ fn a_stop_checkpoints_exits_75_and_the_same_command_goes_on_with_fewer_workers_t
 }
 
 /// Kills one process of a two-worker run; the run must come through.
-fn survives_the_death_of(part: impl Fn(&Path) -> String) {
+fn survives_the_death_of(victims: impl Fn(&Path, u32) -> Vec<i32>) {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let set = ["train.iterations=60"];
     let mut child = launch(folder.path(), &data, "run", 2, &set).spawn().unwrap();
     wait_for(&mut child, "step 1/");
-    let victims = processes(&part(folder.path()));
+    let victims = victims(folder.path(), child.id());
     assert!(!victims.is_empty());
     signal(victims[0], rustix::process::Signal::KILL);
     let output = child.wait_with_output().unwrap();
@@ -169,12 +169,29 @@ fn survives_the_death_of(part: impl Fn(&Path) -> String) {
 
 #[test]
 fn a_killed_trainer_costs_no_more_than_the_steps_since_the_checkpoint() {
-    survives_the_death_of(|folder| format!("\"run\":\"{}", folder.join("run").display()));
+    survives_the_death_of(|folder, _| {
+        processes(&format!("\"run\":\"{}", folder.join("run").display()))
+    });
 }
 
 #[test]
 fn a_killed_agent_is_started_again() {
-    survives_the_death_of(|folder| format!("--node=1 --run={}", folder.join("run").display()));
+    survives_the_death_of(|folder, _| {
+        processes(&format!("--node=1 --run={}", folder.join("run").display()))
+    });
+}
+
+#[test]
+fn a_killed_coordinator_is_started_again_and_its_generations_read_no_stale_key() {
+    survives_the_death_of(|_, launcher| {
+        let parent = format!("PPid:\t{launcher}\n");
+        let mut found = processes(" coordinator --listen");
+        found.retain(|pid| {
+            std::fs::read_to_string(format!("/proc/{pid}/status"))
+                .is_ok_and(|s| s.contains(&parent))
+        });
+        found
+    });
 }
 
 #[test]

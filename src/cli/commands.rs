@@ -18,6 +18,9 @@ use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
 use crate::types::NodeId;
 use crate::worker::{AgentOptions, ChildOptions, run_agent};
 
+/// Longest time without a word from any trainer: a validation on a slow machine fits into it.
+const PROGRESS: Duration = Duration::from_secs(180);
+
 /// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
 #[derive(Debug, Parser)]
 #[command(name = "cpcr", version)]
@@ -213,6 +216,7 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         restarts: a.restarts,
         wait: Duration::from_secs(a.wait_s),
         heartbeat: Duration::from_secs(a.heartbeat_timeout_s),
+        progress: PROGRESS,
         drain: Duration::from_secs(20),
     };
     let outcome = service::serve(listener, limits, super::signals::interrupted())

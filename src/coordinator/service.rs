@@ -105,6 +105,7 @@ async fn own(
     status: watch::Sender<wire::RunStatus>,
 ) -> Outcome {
     let start = Instant::now();
+    let epoch = crate::store::unique_id();
     let mut agents: BTreeMap<NodeId, Agent> = BTreeMap::new();
     let mut tick = tokio::time::interval(TICK);
     loop {
@@ -122,7 +123,7 @@ async fn own(
             _ => None,
         };
         for effect in state.apply(start.elapsed(), event) {
-            execute(effect, &agents, &status);
+            execute(effect, &epoch, &agents, &status);
         }
         if let Some((node, incarnation)) = left
             && agents.get(&node).is_some_and(|agent| agent.incarnation == incarnation)
@@ -174,7 +175,7 @@ fn event_of(
             }),
             agent_message::Kind::Report(report) => {
                 relay(&report, status);
-                Some(Event::Heard { node })
+                Some(Event::Progressed { node })
             }
         },
     }
@@ -209,6 +210,7 @@ fn note(status: &watch::Sender<wire::RunStatus>, text: String) {
 
 fn execute(
     effect: Effect,
+    epoch: &str,
     agents: &BTreeMap<NodeId, Agent>,
     status: &watch::Sender<wire::RunStatus>,
 ) {
@@ -229,6 +231,7 @@ fn execute(
                 world: world.0,
                 kv_address,
                 host,
+                epoch: epoch.to_owned(),
             };
             send(node, order::Kind::Start(start));
         }

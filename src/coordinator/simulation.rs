@@ -16,6 +16,7 @@ fn limits() -> Limits {
         restarts: 2,
         wait: Duration::from_secs(25),
         heartbeat: Duration::from_secs(8),
+        progress: Duration::from_secs(60),
         drain: Duration::from_secs(10),
     }
 }
@@ -109,6 +110,20 @@ fn a_stop_asks_every_trainer_and_ends_with_75() {
         state.apply(Duration::from_secs(2), exited(node, 1, 75));
     }
     assert!(matches!(state.phase(), Phase::Finished { status: 75, .. }));
+}
+
+#[test]
+fn a_generation_without_progress_is_lost_though_its_agents_live() {
+    let mut state = all_here();
+    let mut effects = Vec::new();
+    for second in 1..=61 {
+        let now = Duration::from_secs(second);
+        for node in 0..3 {
+            effects.extend(state.apply(now, Event::Heard { node: NodeId(node) }));
+        }
+        effects.extend(state.apply(now, Event::Tick));
+    }
+    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::End { .. })).count(), 3);
 }
 
 /// Whatever happens, the run ends within a bounded time after the last event, a generation never

@@ -30,6 +30,8 @@ pub struct Limits {
     pub wait: Duration,
     /// Longest silence of a member.
     pub heartbeat: Duration,
+    /// Longest time in which no trainer of a generation says anything.
+    pub progress: Duration,
     /// Longest wait for trainers to leave, when draining or stopping.
     pub drain: Duration,
 }
@@ -97,6 +99,11 @@ pub enum Event {
     /// Any message from an agent.
     Heard {
         /// Which.
+        node: NodeId,
+    },
+    /// A trainer said something: it is ready, did a step, validated.
+    Progressed {
+        /// On which node.
         node: NodeId,
     },
     /// A trainer's process ended.
@@ -171,6 +178,7 @@ pub struct State {
     generation: Generation,
     lost_generations: u32,
     stop: Option<String>,
+    last_progress: Now,
 }
 
 impl State {
@@ -184,6 +192,7 @@ impl State {
             generation: Generation(0),
             lost_generations: 0,
             stop: None,
+            last_progress: Duration::ZERO,
         }
     }
 
@@ -215,6 +224,12 @@ impl State {
             Event::Left { node, incarnation } => {
                 if self.members.get(&node).is_some_and(|m| m.incarnation == incarnation) {
                     self.lose(now, node, "its connection closed", &mut effects);
+                }
+            }
+            Event::Progressed { node } => {
+                self.last_progress = now;
+                if let Some(member) = self.members.get_mut(&node) {
+                    member.last_seen = now;
                 }
             }
             Event::Heard { node } => {
@@ -288,6 +303,7 @@ impl State {
         for member in self.members.values_mut() {
             member.last_seen = now;
         }
+        self.last_progress = now;
         self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
     }
 
@@ -437,6 +453,12 @@ impl State {
                     "the trainers did not stop in time".to_owned(),
                     effects,
                 );
+            }
+            Phase::Training { .. }
+                if now.saturating_sub(self.last_progress) > self.limits.progress =>
+            {
+                let why = format!("no progress for {} s", self.limits.progress.as_secs());
+                self.lose_generation(now, why, effects);
             }
             _ => {}
         }

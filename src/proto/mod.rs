@@ -31,6 +31,8 @@ pub const EXIT_RESUMABLE: i32 = 75;
 pub struct Assignment {
     /// The generation this trainer belongs to.
     pub generation: Generation,
+    /// Fresh with every start of a coordinator, whose generations count from 1 again.
+    pub epoch: String,
     /// Its rank.
     pub rank: Rank,
     /// How many ranks there are.

@@ -246,7 +246,7 @@ fn groups(
     let group = |purpose: &str| {
         ProcessGroup::gloo(&Rendezvous {
             store_addr: a.kv_address,
-            prefix: format!("generation-{}/{purpose}", a.generation),
+            prefix: format!("{}/generation-{}/{purpose}", a.epoch, a.generation),
             rank: a.rank,
             world: a.world,
             timeout: Duration::from_secs(config.recovery.collective_timeout_s),

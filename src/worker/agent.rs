@@ -214,6 +214,7 @@ fn start_trainer(
     let kv_address = start.kv_address.parse().map_err(std::io::Error::other)?;
     let assignment = Assignment {
         generation: Generation(start.generation),
+        epoch: start.epoch,
         rank: Rank(start.rank),
         world: WorldSize(start.world),
         kv_address,

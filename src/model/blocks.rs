@@ -138,7 +138,18 @@ impl Conv {
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         let kind = x.f_kind()?;
         let (w, b) = (self.weight.f_to_kind(kind)?, self.bias.f_to_kind(kind)?);
+        if self.pad == 1 {
+            return Ok(ops::conv3x3(x, &w, &b)?);
+        }
         Ok(x.f_conv2d(&w, Some(&b), [1i64, 1], [self.pad, self.pad], [1i64, 1], 1)?)
+    }
+
+    /// A 3 x 3 convolution of two inputs joined on channels, `[N, A, H, W]` and
+    /// `[N, input - A, H, W]` to `[N, output, H, W]`.
+    fn forward_pair(&self, inputs: [&Tensor; 2]) -> Result<Tensor, ModelError> {
+        let kind = inputs[0].f_kind()?;
+        let (w, b) = (self.weight.f_to_kind(kind)?, self.bias.f_to_kind(kind)?);
+        Ok(ops::conv3x3_pair(inputs, &w, &b)?)
     }
 }
 
@@ -242,7 +253,17 @@ impl ConvBlock {
 
     /// `[N, input, H, W] -> [N, output, H, W]`
     pub(super) fn forward(&self, x: &Tensor, mode: &mut Mode) -> Result<Tensor, ModelError> {
-        let y = self.norm[0].forward(&self.conv[0].forward(x)?, self.dropout, mode)?;
+        self.after(&self.conv[0].forward(x)?, mode)
+    }
+
+    /// Two inputs joined on channels: `[N, A, H, W]` and `[N, input - A, H, W] -> [N, output, H, W]`
+    fn forward_pair(&self, inputs: [&Tensor; 2], mode: &mut Mode) -> Result<Tensor, ModelError> {
+        self.after(&self.conv[0].forward_pair(inputs)?, mode)
+    }
+
+    /// What follows the first convolution.
+    fn after(&self, first: &Tensor, mode: &mut Mode) -> Result<Tensor, ModelError> {
+        let y = self.norm[0].forward(first, self.dropout, mode)?;
         self.norm[1].forward(&self.conv[1].forward(&y)?, 0.0, mode)
     }
 }
@@ -303,9 +324,8 @@ impl UpBlock {
                 }
             }
         };
-        // [N, S, H, W] twice -> [N, 2S, H, W]
-        let joined = Tensor::f_cat(&[skip, &up], 1)?;
-        self.block.forward(&joined, mode)
+        // [N, S, H, W] twice
+        self.block.forward_pair([skip, &up], mode)
     }
 }
 

@@ -27,7 +27,7 @@ unsafe extern "C" {
     ) -> c_int;
     pub(super) fn cpcr_ops_channels_last(tensor: In, out: *mut Out) -> c_int;
     pub(super) fn cpcr_ops_is_channels_last(tensor: In, out: *mut c_int) -> c_int;
-    pub(super) fn cpcr_ops_autocast(enable: c_int, was: *mut c_int) -> c_int;
+    pub(super) fn cpcr_ops_allow_tf32(allow: c_int) -> c_int;
     pub(super) fn cpcr_ops_dropout_mask(like: In, p: f64, key: u64, out: *mut Out) -> c_int;
     pub(super) fn cpcr_ops_norm_act(
         x: In,
@@ -43,6 +43,14 @@ unsafe extern "C" {
         hook_call: Option<HookCall>,
         hook_drop: Option<HookDrop>,
         context: *mut c_void,
+        out: *mut Out,
+    ) -> c_int;
+    pub(super) fn cpcr_ops_conv3x3(x: In, weight: In, bias: In, out: *mut Out) -> c_int;
+    pub(super) fn cpcr_ops_conv3x3_pair(
+        x1: In,
+        x2: In,
+        weight: In,
+        bias: In,
         out: *mut Out,
     ) -> c_int;
     pub(super) fn cpcr_ops_dice_sums(l1: In, l2: In, labels: In, out: *mut Out) -> c_int;

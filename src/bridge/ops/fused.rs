@@ -104,6 +104,51 @@ pub fn norm_act(x: &Tensor, args: &NormAct) -> Result<Tensor, OpError> {
     adopt("norm_act", out)
 }
 
+/// A convolution with a 3 x 3 kernel, stride 1 and padding 1: `[N, I, H, W]` with weights
+/// `[O, I, 3, 3]` and bias `[O]` to `[N, O, H, W]`. On the CPU those with few channels have kernels
+/// of their own; all others, other types, layouts and devices are libtorch's `conv2d`.
+///
+/// # Errors
+/// Shapes or types that do not belong together.
+pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor, OpError> {
+    let mut out: ffi::Out = null_mut();
+    // SAFETY: the tensors live through the call and are only read; the C++ side checks shapes,
+    // types and layouts before it touches data. `out` is a valid place for one pointer.
+    check("conv3x3", unsafe {
+        ffi::cpcr_ops_conv3x3(
+            x.as_ptr().cast(),
+            weight.as_ptr().cast(),
+            bias.as_ptr().cast(),
+            &raw mut out,
+        )
+    })?;
+    adopt("conv3x3", out)
+}
+
+/// [`conv3x3`] of two inputs joined on channels, `[N, I1, H, W]` and `[N, I2, H, W]` with weights
+/// `[O, I1 + I2, 3, 3]`; where there is a kernel for it, without joining them.
+///
+/// # Errors
+/// Shapes or types that do not belong together.
+pub fn conv3x3_pair(
+    inputs: [&Tensor; 2],
+    weight: &Tensor,
+    bias: &Tensor,
+) -> Result<Tensor, OpError> {
+    let mut out: ffi::Out = null_mut();
+    // SAFETY: as in `conv3x3`.
+    check("conv3x3_pair", unsafe {
+        ffi::cpcr_ops_conv3x3_pair(
+            inputs[0].as_ptr().cast(),
+            inputs[1].as_ptr().cast(),
+            weight.as_ptr().cast(),
+            bias.as_ptr().cast(),
+            &raw mut out,
+        )
+    })?;
+    adopt("conv3x3_pair", out)
+}
+
 /// Per decoder and class, over the labelled samples: `[2, 3, C]` float64 of intersection,
 /// squared probabilities and label counts.
 ///
@@ -191,4 +236,110 @@ pub fn pair_loss(
         g2: adopt("pair_loss", g2)?,
         sums: adopt("pair_loss", sums)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::bridge::ops::{backward, channels_last};
+
+    /// The output and the gradients of input, weight and bias.
+    fn through(
+        convolve: impl Fn(&Tensor, &Tensor, &Tensor) -> Tensor,
+        inputs: [&Tensor; 3],
+        upstream: &Tensor,
+    ) -> Vec<Tensor> {
+        let [x, w, b] = inputs.map(|t| t.detach().set_requires_grad(true));
+        let y = convolve(&x, &w, &b);
+        backward(&[y.shallow_clone()], &[upstream.shallow_clone()]).unwrap();
+        vec![y.detach(), x.grad(), w.grad(), b.grad()]
+    }
+
+    /// Channel counts of every path, and two that have none; a width of no whole number of blocks.
+    #[test]
+    fn convolutions_of_few_channels_are_those_of_libtorch() {
+        let plain = |x: &Tensor, w: &Tensor, b: &Tensor| {
+            x.f_conv2d(w, Some(b), [1i64, 1], [1i64, 1], [1i64, 1], 1).unwrap()
+        };
+        let ours = |x: &Tensor, w: &Tensor, b: &Tensor| conv3x3(x, w, b).unwrap();
+        let shapes = [
+            (1, 16),
+            (3, 32),
+            (16, 16),
+            (32, 16),
+            (16, 32),
+            (64, 32),
+            (16, 4),
+            (64, 5),
+            (32, 2),
+            (8, 8),
+            (16, 6),
+        ];
+        for (inputs, outputs) in shapes {
+            for (h, w) in [(5, 37), (1, 16)] {
+                tch::manual_seed(inputs * 100 + outputs);
+                let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+                let x = channels_last(&random(&[3, inputs, h, w])).unwrap();
+                let weight = channels_last(&random(&[outputs, inputs, 3, 3])).unwrap();
+                let (b, g) = (random(&[outputs]), random(&[3, outputs, h, w]));
+                let exact = [&x, &weight, &b].map(|t| t.to_kind(Kind::Double));
+                let exact = through(plain, exact.each_ref(), &g.to_kind(Kind::Double));
+                let got = through(ours, [&x, &weight, &b], &g);
+                for (what, (a, b)) in ["y", "dx", "dw", "db"].iter().zip(got.iter().zip(&exact)) {
+                    let off = (a.to_kind(Kind::Double) - b).abs().max().double_value(&[]);
+                    let scale = b.abs().max().double_value(&[]);
+                    assert!(
+                        off <= 2e-6 * scale,
+                        "{inputs} -> {outputs} at {h} x {w}: {what} off by {off:e} of {scale}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_convolution_of_a_pair_is_that_of_the_joined() {
+        for (first, second, outputs) in [(16, 16, 16), (32, 32, 32), (16, 32, 64), (8, 8, 16)] {
+            tch::manual_seed(outputs);
+            let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
+            let inputs = [first, second].map(|c| channels_last(&random(&[2, c, 6, 37])).unwrap());
+            let w = channels_last(&random(&[outputs, first + second, 3, 3])).unwrap();
+            let (b, g) = (random(&[outputs]), random(&[2, outputs, 6, 37]));
+            let run = |joined: bool, kind: Kind| {
+                let leaf = |t: &Tensor| t.to_kind(kind).detach().set_requires_grad(true);
+                let ([x1, x2], w, b) = (inputs.each_ref().map(leaf), leaf(&w), leaf(&b));
+                let y = if joined {
+                    Tensor::cat(&[&x1, &x2], 1)
+                        .f_conv2d(&w, Some(&b), [1i64, 1], [1i64, 1], [1i64, 1], 1)
+                        .unwrap()
+                } else {
+                    conv3x3_pair([&x1, &x2], &w, &b).unwrap()
+                };
+                backward(&[y.shallow_clone()], &[g.to_kind(kind)]).unwrap();
+                [y.detach(), x1.grad(), x2.grad(), w.grad(), b.grad()]
+            };
+            let (exact, got) = (run(true, Kind::Double), run(false, Kind::Float));
+            for (i, (a, b)) in got.iter().zip(&exact).enumerate() {
+                let off = (a.to_kind(Kind::Double) - b).abs().max().double_value(&[]);
+                let scale = b.abs().max().double_value(&[]);
+                assert!(
+                    off <= 2e-6 * scale,
+                    "{first} + {second} -> {outputs}: {i} off by {off:e} of {scale}"
+                );
+            }
+        }
+    }
+
+    /// The network's first convolution needs no gradient of its input.
+    #[test]
+    fn an_input_without_a_gradient_is_left_alone() {
+        let x = channels_last(&Tensor::randn([2, 1, 16, 16], (Kind::Float, Device::Cpu))).unwrap();
+        let w = Tensor::randn([16, 1, 3, 3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let b = Tensor::zeros([16], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let y = conv3x3(&x, &w, &b).unwrap();
+        backward(&[y.shallow_clone()], &[y.ones_like()]).unwrap();
+        assert!(!x.grad().defined() && w.grad().defined() && b.grad().defined());
+    }
 }

@@ -12,7 +12,10 @@ use std::ffi::CStr;
 
 use tch::Tensor;
 
-pub use fused::{NormAct, PairGradients, PairTerms, SumOverRanks, dice_sums, norm_act, pair_loss};
+pub use fused::{
+    NormAct, PairGradients, PairTerms, SumOverRanks, conv3x3, conv3x3_pair, dice_sums, norm_act,
+    pair_loss,
+};
 
 /// Why an operation of the bridge failed.
 #[derive(Debug, thiserror::Error)]
@@ -165,35 +168,12 @@ pub fn dropout_mask(like: &Tensor, p: f64, key: u64) -> Result<Tensor, OpError> 
     adopt("dropout_mask", out)
 }
 
-/// CPU autocast to bfloat16 on this thread while the guard lives.
-#[derive(Debug)]
-#[must_use = "autocast ends when the guard is dropped"]
-pub struct Autocast {
-    was: bool,
-    // Autocast is a thread's state: the guard must not leave its thread.
-    _thread: std::marker::PhantomData<*const ()>,
-}
-
-impl Autocast {
-    /// Turns it on.
-    ///
-    /// # Errors
-    /// Where libtorch refuses.
-    pub fn bf16() -> Result<Self, OpError> {
-        let mut was = 0;
-        // SAFETY: changes this thread's autocast state only; `was` is a valid i32.
-        check("autocast", unsafe { ffi::cpcr_ops_autocast(1, &raw mut was) })?;
-        Ok(Self { was: was != 0, _thread: std::marker::PhantomData })
-    }
-}
-
-impl Drop for Autocast {
-    fn drop(&mut self) {
-        if self.was {
-            return;
-        }
-        let mut was = 0;
-        // SAFETY: as in `bf16`; a failure leaves autocast on, and there is no one to tell here.
-        let _status = unsafe { ffi::cpcr_ops_autocast(0, &raw mut was) };
-    }
+/// Allows or forbids TF32 in matrix products and convolutions on GPUs, for the whole process.
+/// By default libtorch allows it in convolutions, which then agree to three digits only.
+///
+/// # Errors
+/// Where libtorch refuses.
+pub fn allow_tf32(allow: bool) -> Result<(), OpError> {
+    // SAFETY: sets two flags of libtorch's global context; no pointer is passed.
+    check("allow_tf32", unsafe { ffi::cpcr_ops_allow_tf32(i32::from(allow)) })
 }

@@ -1,9 +1,10 @@
 // Small entries that tch 0.24 lacks: backward from given gradients, gradients set to none,
-// SGD with state, CPU autocast, channels-last conversion, a keyed dropout mask.
+// SGD with state, channels-last conversion, TF32 on or off, a keyed dropout mask.
 #include "ops.h"
 
+#include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <vector>
@@ -87,17 +88,11 @@ int cpcr_ops_is_channels_last(const at::Tensor* in, int* out) {
   return guarded([&] { *out = in->is_contiguous(at::MemoryFormat::ChannelsLast); });
 }
 
-int cpcr_ops_autocast(int enable, int* was) {
+// TF32 in matrix products and convolutions on GPUs; libtorch allows it in the latter by default.
+int cpcr_ops_allow_tf32(int allow) {
   return guarded([&] {
-    *was = at::autocast::is_autocast_enabled(at::kCPU);
-    if (enable) {
-      at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
-      at::autocast::set_autocast_enabled(at::kCPU, true);
-      at::autocast::increment_nesting();
-    } else {
-      if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
-      at::autocast::set_autocast_enabled(at::kCPU, false);
-    }
+    at::globalContext().setAllowTF32CuBLAS(allow != 0);
+    at::globalContext().setAllowTF32CuDNN(allow != 0);
   });
 }
 

@@ -19,7 +19,7 @@ RUN scripts/setup.sh --cpu && cargo build --release --locked --bins
 FROM toolchain AS build-cuda
 RUN scripts/setup.sh --cuda
 COPY . .
-RUN scripts/setup.sh --cuda && cargo build --release --locked --bins
+RUN scripts/setup.sh --cuda && cargo build --release --locked --bins && scripts/build-nccl.sh
 
 # Everything that the binaries load at run time, and nothing of Python, headers or static libraries.
 FROM build-cpu AS tree-cpu
@@ -28,7 +28,7 @@ RUN mkdir -p /out/usr/local/bin && find target/release -maxdepth 1 -type f -exec
     && find opt/cpcr/libtorch-* -type f \( -name LICENSE -o -name NOTICE -o -iname 'License.txt' \) -exec cp --parents {} /out/ \;
 
 FROM build-cuda AS tree-cuda
-RUN mkdir -p /out/usr/local/bin && find target/release -maxdepth 1 -type f -executable -name 'cpcr*' -exec cp {} /out/usr/local/bin/ \; \
+RUN mkdir -p /out/usr/local/bin && find target/release -maxdepth 1 -type f -executable \( -name 'cpcr*' -o -name 'libcpcr_nccl.so' \) -exec cp {} /out/usr/local/bin/ \; \
     && cd / && find opt/cpcr/libtorch-* -type f \( -path '*/torch/lib/*' -o -path '*/nvidia/*/lib/*' \) -name '*.so*' ! -name '*python*' -exec cp --parents -a {} /out/ \; \
     && find opt/cpcr/libtorch-* -type f \( -name LICENSE -o -name NOTICE -o -iname 'License.txt' \) -exec cp --parents {} /out/ \;
 

@@ -6,5 +6,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh
 cargo build --release --locked
+# Only the CUDA set of libtorch brings NCCL.
+[ ! -d .libtorch/../nvidia/nccl/lib ] || scripts/build-nccl.sh
 [ $# -gt 0 ] || set -- --nodes 4
 exec target/release/cpcr-launch "$@"

@@ -49,6 +49,8 @@ for folder in "$torch"/../nvidia/*/lib; do [ ! -d "$folder" ] || path=$path:$fol
 export LD_LIBRARY_PATH=$path${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torch
 # A test that finds this set must not skip itself for want of a GPU.
 export CPCR_EXPECT_GPU=1
+# As .cargo/config.toml has it for tests.
+export TORCH_FR_BUFFER_SIZE=0
 
 echo "torch $version at $torch"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv

@@ -40,7 +40,10 @@ step kubernetes manifests
 status=0
 python=$(scripts/setup.sh --quiet --peers) || status=$?
 case "$status" in
-    0) "$python" scripts/test-k8s.py ;;
+    0)
+        "$python" scripts/test-k8s.py
+        export CPCR_PEER_PYTHON=$python # tests talk to its S3 server
+        ;;
     2) skipped+=("kubernetes manifests: the Python that reads YAML cannot be had here (the line is above)") ;;
     *) exit "$status" ;;
 esac
@@ -56,6 +59,13 @@ else
     fi
     cargo fetch --quiet --locked --target x86_64-unknown-linux-gnu
     cargo deny --offline check bans licenses sources
+fi
+
+step NCCL object
+if [ -n "${LIBTORCH:-}" ]; then
+    skipped+=("the NCCL object: LIBTORCH names a libtorch of your own, whose CUDA headers are not looked for")
+else
+    scripts/build-nccl.sh target/nccl/libcpcr_nccl.so
 fi
 
 step tests

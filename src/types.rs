@@ -64,6 +64,25 @@ impl Step {
     }
 }
 
+/// Which collectives a generation uses, and with them on which devices it trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// Gloo between CPUs.
+    Gloo,
+    /// NCCL between GPUs, one for each trainer.
+    Nccl,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gloo => "Gloo, CPU",
+            Self::Nccl => "NCCL, GPU",
+        })
+    }
+}
+
 /// Length and SHA-256 of an object's bytes: what a reader verifies before it uses them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectDigest {

@@ -245,16 +245,23 @@ fn the_writer_serves_a_plain_thread() {
     for step in 1..=4 {
         writer.submit(snapshot(step)).unwrap();
     }
-    assert_eq!(writer.flush().unwrap().len(), 4);
+    assert_eq!(writer.flush(|| {}).unwrap().len(), 4);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(4));
     assert_eq!(runtime.block_on(list_rows(&run)).unwrap().len(), 2);
 
     let mut broken = snapshot(5);
     broken.model[0].1.shape = vec![7];
     writer.submit(broken).unwrap();
-    let error = writer.flush().unwrap_err();
+    let error = writer.flush(|| {}).unwrap_err();
     assert!(error.to_string().contains("step 5"), "{error}");
-    assert_eq!(writer.flush().unwrap(), vec![], "an error is told once");
+    assert_eq!(writer.flush(|| {}).unwrap(), vec![], "an error is told once");
+
+    // Nobody flushes during a long run: the next snapshot's owner is told.
+    let mut broken = snapshot(5);
+    broken.model[0].1.shape = vec![7];
+    writer.submit(broken).unwrap();
+    let told = (0..100_000).find_map(|_| writer.submit(snapshot(4)).err());
+    assert!(told.unwrap().to_string().contains("step 5"));
     writer.submit(snapshot(6)).unwrap();
     drop(writer);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(6), "dropping lets the last one finish");

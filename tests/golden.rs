@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cpcr::bridge::ops;
-use cpcr::loss::{Alone, Counts, Objective, Path, StepLoss, TermWeights, focal, rampup};
+use cpcr::loss::{Alone, Counts, Objective, Path, StepLoss, TermWeights, focal, rampup::RampUp};
 use cpcr::model::{
     DbpNet, DbpNetConfig, DecoderDraws, Draws, Dropout, Heads, HostTensor, Layout, Noise, Outputs,
     Pyramid, Sgd, Statistics, UpMode, feature_dropout,
@@ -251,7 +251,7 @@ fn the_ramp_up() {
     for i in 0..g["iteration"].size()[0] {
         let t = g["iteration"].int64_value(&[i]) as u64;
         let theirs = g["weight"].double_value(&[i]);
-        let ours = rampup::lambda(t);
+        let ours = RampUp::default().at(t);
         assert!((ours - theirs).abs() <= 1e-9 * theirs.abs(), "lambda({t}) = {ours}, not {theirs}");
     }
 }

@@ -1,59 +1,21 @@
 //! The whole, as a user starts it: `cpcr-launch` with its coordinator, agents, trainers and S3
 //! server as real processes, small and short. Each test has a folder of its own.
 
-#![allow(clippy::unwrap_used)] // The lint's exception for tests stops at their helpers.
+#![allow(clippy::unwrap_used, clippy::panic)] // The lint's exception for tests stops at their helpers.
+
+mod support;
 
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::net::TcpListener;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
-
-const LAUNCH: &str = env!("CARGO_BIN_EXE_cpcr-launch");
-const CPCR: &str = env!("CARGO_BIN_EXE_cpcr");
-/// Built together with the others; the agents look for it beside `cpcr`.
-const ENGINE: &str = env!("CARGO_BIN_EXE_cpcr-engine");
-
-/// A small network on small phantoms, some tens of steps.
-const SMALL: [&str; 6] = [
-    "patch_size=32",
-    "batch.labelled=2",
-    "batch.unlabelled=2",
-    "validate.every=1000",
-    "loss.warmup_epochs=0",
-    "checkpoint.every=10",
-];
-
-fn dataset(folder: &Path) -> PathBuf {
-    let data = folder.join("data");
-    let made = Command::new(CPCR)
-        .args(["data", "synth", "--patients", "8", "--out"])
-        .arg(&data)
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", text(&made.stderr));
-    data
-}
-
-fn launch(folder: &Path, data: &Path, run: &str, nodes: u32, set: &[&str]) -> Command {
-    assert!(Path::new(ENGINE).is_file());
-    let mut command = Command::new(LAUNCH);
-    command.current_dir(folder).args(["--config", "demo", "--run", run, "--data"]).arg(data);
-    command.args(["--nodes", &nodes.to_string()]);
-    for pair in SMALL.iter().chain(set) {
-        command.args(["--set", pair]);
-    }
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    command
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn succeed(output: &Output) {
-    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
-}
+use support::{
+    CPCR, LAUNCH, Moto, NO_MOTO, SMALL, dataset, launch, processes, s3_environment, signal,
+    skipped, succeed, text, wait_for_a_step,
+};
 
 fn hash(run: &Path, step: u64, file: &str) -> String {
     let folder = run.join(format!("checkpoints/step-{step:08}"));
@@ -65,54 +27,23 @@ fn hash(run: &Path, step: u64, file: &str) -> String {
     hex::encode(Sha256::digest(std::fs::read(folder.join(attempt).join(file)).unwrap()))
 }
 
-/// Reads the launcher's lines until one contains `what`.
-fn wait_for(child: &mut Child, what: &str) -> String {
-    let mut seen = String::new();
-    let mut lines = BufReader::new(child.stderr.take().unwrap());
-    loop {
-        let mut line = String::new();
-        let read = lines.read_line(&mut line).unwrap();
-        assert!(read > 0, "'{what}' never came:\n{seen}");
-        seen.push_str(&line);
-        if line.contains(what) {
-            child.stderr = Some(lines.into_inner());
-            return seen;
-        }
-    }
-}
-
-/// The processes whose command line holds `part`.
-fn processes(part: &str) -> Vec<i32> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if String::from_utf8_lossy(&line).replace('\0', " ").contains(part) {
-            found.push(pid);
-        }
-    }
-    found
-}
-
-fn signal(pid: i32, signal: rustix::process::Signal) {
-    let pid = rustix::process::Pid::from_raw(pid).unwrap();
-    rustix::process::kill_process(pid, signal).unwrap();
-}
-
 #[test]
 fn a_run_killed_and_resumed_on_one_worker_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
-    let set = ["train.iterations=30"];
-    succeed(&launch(folder.path(), &data, "whole", 1, &set).output().unwrap());
+    let run = |name: &str, set: &[&str]| launch(folder.path(), &data, name, 1, set);
+    succeed(&run("whole", &["train.iterations=30"]).output().unwrap());
 
-    // SIGKILL in the midst of it: the launcher takes everything with it.
-    let slow = ["train.iterations=30", "checkpoint.every=5"];
-    let mut child = launch(folder.path(), &data, "killed", 1, &slow).spawn().unwrap();
-    wait_for(&mut child, "step 1/");
+    // A checkpoint at 15, then SIGKILL some steps later: the launcher takes everything with it.
+    succeed(&run("killed", &["train.iterations=15"]).output().unwrap());
+    let endless = ["train.iterations=100000", "checkpoint.every=100000"];
+    let mut child = run("killed", &endless).spawn().unwrap();
+    wait_for_a_step(&mut child);
     child.kill().unwrap();
     child.wait().unwrap();
-    succeed(&launch(folder.path(), &data, "killed", 1, &slow).output().unwrap());
+    let output = run("killed", &["train.iterations=30"]).output().unwrap();
+    succeed(&output);
+    assert!(text(&output.stderr).contains("resumed at step 15"), "{}", text(&output.stderr));
     for file in ["model.safetensors", "optimizer.safetensors"] {
         let whole = hash(&folder.path().join("whole"), 30, file);
         assert_eq!(whole, hash(&folder.path().join("killed"), 30, file), "{file}");
@@ -125,7 +56,7 @@ fn a_stop_checkpoints_exits_75_and_the_same_command_goes_on_with_fewer_workers_t
     let data = dataset(folder.path());
     let many = ["train.iterations=100000", "checkpoint.every=100000"];
     let mut child = launch(folder.path(), &data, "run", 2, &many).spawn().unwrap();
-    wait_for(&mut child, "step 1/");
+    wait_for_a_step(&mut child);
     signal(i32::try_from(child.id()).unwrap(), rustix::process::Signal::INT);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(75), "{}", text(&output.stderr));
@@ -156,7 +87,7 @@ fn survives_the_death_of(victims: impl Fn(&Path, u32) -> Vec<i32>) {
     let data = dataset(folder.path());
     let set = ["train.iterations=60"];
     let mut child = launch(folder.path(), &data, "run", 2, &set).spawn().unwrap();
-    wait_for(&mut child, "step 1/");
+    wait_for_a_step(&mut child);
     let victims = victims(folder.path(), child.id());
     assert!(!victims.is_empty());
     signal(victims[0], rustix::process::Signal::KILL);
@@ -208,5 +139,157 @@ fn mistakes_are_told_in_one_line_with_status_2() {
     told(&["--config", "no-such-preset"], "no-such-preset");
     told(&["--config", "acdc-7"], "--data");
     told(&["--config", "demo", "--data", "no/such/folder"], "no/such/folder");
-    told(&["--backend", "nccl"], "nccl");
+    told(&["--backend", "nccl"], "libtorch can use 0");
+}
+
+/// The last line of a run that must fail with `status`; nothing of a panic or backtrace in any.
+fn last_line(output: &Output, status: i32) -> String {
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{told}");
+    assert!(!told.contains("panicked") && !told.contains("backtrace"), "{told}");
+    told.trim_end().lines().last().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn an_endpoint_that_is_not_there_is_told_in_seconds() {
+    let folder = tempfile::tempdir().unwrap();
+    // A port that was free a moment ago, and that nobody listens on.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let started = Instant::now();
+    let output = launch(folder.path(), Path::new("s3://bucket/data"), "run", 1, &[])
+        .envs(s3_environment(&format!("http://127.0.0.1:{port}")))
+        .output()
+        .unwrap();
+    let line = last_line(&output, 2);
+    assert!(line.contains("cannot reach s3://bucket/data"), "{line}");
+    assert_eq!(text(&output.stderr).trim_end().lines().count(), 1);
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_truncated_shard_ends_the_run_with_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = dataset(folder.path());
+    let shard = std::fs::read_dir(data.join("shards"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "parquet"))
+        .max()
+        .unwrap();
+    let length = std::fs::metadata(&shard).unwrap().len();
+    std::fs::File::options().write(true).open(&shard).unwrap().set_len(length / 2).unwrap();
+    let output = launch(folder.path(), &data, "run", 2, &["train.iterations=60"]).output().unwrap();
+    let line = last_line(&output, 1);
+    let name = shard.file_name().unwrap().to_str().unwrap();
+    assert!(line.starts_with("failed") && line.contains(name), "{line}");
+}
+
+/// On a file system that holds two checkpoints, in a mount namespace of its own.
+#[test]
+fn a_full_disk_is_told_and_what_was_committed_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = dataset(folder.path());
+    let namespace = ["--user", "--map-root-user", "--mount"];
+    let try_it = ["mount", "-t", "tmpfs", "tmpfs", "/mnt"];
+    let able = Command::new("unshare").args(namespace).args(try_it).output();
+    if !able.is_ok_and(|output| output.status.success()) {
+        skipped("a_full_disk_is_told_and_what_was_committed_stays", "no user namespaces here");
+        return;
+    }
+    let small = folder.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    let whole = launch(folder.path(), &data, "small/run", 1, &["train.iterations=60"]);
+    let script = "mount -t tmpfs -o size=3500k tmpfs \"$1\"; shift; \"$@\"; status=$?; \
+                  find small/run/checkpoints -name manifest.json >&2; exit $status";
+    let output = Command::new("unshare")
+        .args(namespace)
+        .args(["sh", "-c", script, "sh"])
+        .arg(&small)
+        .arg(whole.get_program())
+        .args(whole.get_args())
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    let failed = told.lines().find(|line| line.starts_with("failed")).unwrap_or_default();
+    assert!(failed.contains("no space left") && !told.contains("panicked"), "{told}");
+    assert!(told.contains("manifest.json"), "the checkpoints before that stay: {told}");
+}
+
+#[test]
+fn a_run_lives_in_somebody_elses_s3_server() {
+    let Some(moto) = Moto::start() else {
+        skipped("a_run_lives_in_somebody_elses_s3_server", NO_MOTO);
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run) = (Path::new("s3://bucket/data"), "s3://bucket/run");
+    let environment = s3_environment(&moto.endpoint);
+    let made = Command::new(CPCR)
+        .args(["data", "synth", "--patients", "8", "--out", "s3://bucket/data"])
+        .envs(environment.clone())
+        .output()
+        .unwrap();
+    succeed(&made);
+    let start = |nodes: u32, set: &[&str]| {
+        let mut command = launch(folder.path(), data, run, nodes, set);
+        command.envs(environment.clone());
+        command
+    };
+    let endless = ["train.iterations=100000", "checkpoint.every=100000"];
+    let mut child = start(2, &endless).spawn().unwrap();
+    wait_for_a_step(&mut child);
+    signal(i32::try_from(child.id()).unwrap(), rustix::process::Signal::TERM);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(75), "{}", text(&output.stderr));
+    let listed = Command::new(CPCR)
+        .args(["checkpoints", "verify", "--json", run])
+        .envs(environment.clone())
+        .output()
+        .unwrap();
+    succeed(&listed);
+    let rows: serde_json::Value = serde_json::from_slice(&listed.stdout).unwrap();
+    let step = rows[0]["step"].as_u64().unwrap();
+    let output = start(3, &[&format!("train.iterations={}", step + 5)]).output().unwrap();
+    succeed(&output);
+    assert!(text(&output.stderr).contains(&format!("resumed at step {step}")));
+}
+
+/// What k8s/job.yaml starts: the coordinator is given the configuration, the workers find it in the
+/// run, and nobody is anybody's child.
+#[test]
+fn a_coordinator_and_workers_started_apart_train_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = dataset(folder.path());
+    let run = folder.path().join("run");
+    let mut coordinator = Command::new(CPCR);
+    coordinator.args(["coordinator", "--nodes", "2", "--config", "demo", "--data"]).arg(&data);
+    coordinator.arg("--run").arg(&run);
+    for pair in SMALL.iter().chain(&["train.iterations=12"]) {
+        coordinator.args(["--set", pair]);
+    }
+    let mut coordinator =
+        coordinator.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut address = String::new();
+    BufReader::new(coordinator.stdout.as_mut().unwrap()).read_line(&mut address).unwrap();
+    let workers: Vec<Child> = ["0", "1"]
+        .iter()
+        .map(|node| {
+            Command::new(CPCR)
+                .args(["worker", "--coordinator", address.trim(), "--threads", "1", "--run"])
+                .arg(&run)
+                .arg("--logs")
+                .arg(folder.path().join("logs"))
+                .env("JOB_COMPLETION_INDEX", node)
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for process in workers.into_iter().chain([coordinator]) {
+        succeed(&process.wait_with_output().unwrap());
+    }
+    assert!(run.join("checkpoints/step-00000012/manifest.json").is_file());
+    assert!(run.join("report/metrics.json").is_file());
 }

@@ -6,7 +6,9 @@
 // Helpers outside #[test] functions panic on purpose too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::io::{BufRead, BufReader, Write};
+mod support;
+
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use cpcr::store::{
 use cpcr::types::ObjectDigest;
 use futures::StreamExt;
 use object_store::memory::InMemory;
+use support::{Moto, NO_MOTO, skipped};
 use tempfile::TempDir;
 
 const KEY: &str = "cpcr-test";
@@ -152,9 +155,7 @@ async fn a_long_listing_is_complete() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn moto_conforms() {
     let Some(moto) = Moto::start() else {
-        // Past the test harness, which swallows what passing tests print.
-        let aloud = "SKIPPED: moto_conforms (no moto here: pip install 'moto[server]' boto3)\n";
-        std::io::stderr().write_all(aloud.as_bytes()).unwrap();
+        skipped("moto_conforms", NO_MOTO);
         return;
     };
     let options = s3_options(&moto.endpoint);
@@ -343,8 +344,7 @@ async fn a_killed_server_shows_whole_objects_or_none() {
 #[tokio::test]
 async fn a_full_disk_is_told_as_such() {
     let Ok(disk) = std::env::var("CPCR_TEST_SMALL_DISK") else {
-        let aloud = "SKIPPED: a_full_disk_is_told_as_such (CPCR_TEST_SMALL_DISK is not set)\n";
-        std::io::stderr().write_all(aloud.as_bytes()).unwrap();
+        skipped("a_full_disk_is_told_as_such", "CPCR_TEST_SMALL_DISK is not set");
         return;
     };
     let dir = TempDir::new_in(disk).unwrap();
@@ -357,45 +357,5 @@ async fn a_full_disk_is_told_as_such() {
         store.put("small", Bytes::from_static(b"fits again")).await.unwrap();
         assert!(!store.exists("big").await.unwrap());
         store.delete("small").await.unwrap();
-    }
-}
-
-/// A moto server, killed when dropped.
-struct Moto {
-    child: Child,
-    endpoint: String,
-}
-
-impl Moto {
-    fn start() -> Option<Self> {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let endpoint = format!("http://127.0.0.1:{port}");
-        let script = "import sys, boto3; from moto.server import ThreadedMotoServer as S; \
-             S('127.0.0.1', int(sys.argv[1])).start(); \
-             boto3.client('s3', endpoint_url=sys.argv[2], region_name='us-east-1', \
-             aws_access_key_id='a', aws_secret_access_key='b').create_bucket(Bucket='bucket'); \
-             print('ready', flush=True); sys.stdin.read()";
-        let mut child = Command::new("python3")
-            .args(["-c", script, &port.to_string(), &endpoint])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .ok()?;
-        // It says more than that; and nothing, if it cannot be imported.
-        let mut lines = BufReader::new(child.stdout.take()?).lines().map_while(Result::ok);
-        if !lines.any(|line| line == "ready") {
-            child.kill().ok();
-            child.wait().ok();
-            return None;
-        }
-        Some(Self { child, endpoint })
-    }
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
     }
 }

@@ -24,6 +24,8 @@ enum Command {
         #[arg(long)]
         assignment: String,
     },
+    /// Prints how many GPUs libtorch can use.
+    Devices,
     /// Measurements that anybody can repeat.
     #[command(subcommand)]
     Bench(Bench),
@@ -69,6 +71,10 @@ fn main() -> ExitCode {
     }
     match arguments.command {
         Command::Trainer { assignment } => train(&assignment, &telemetry),
+        Command::Devices => {
+            println!("{}", cpcr::bridge::cuda::device_count());
+            ExitCode::SUCCESS
+        }
         Command::Bench(bench) => cli::finish(measure(bench)),
     }
 }
@@ -77,8 +83,8 @@ fn train(assignment: &str, telemetry: &Guard) -> ExitCode {
     let result = serde_json::from_str::<Assignment>(assignment).map_err(Failure::usage);
     cli::finish(result.and_then(|assignment| {
         cpcr::trainer::run(&assignment, telemetry).map_err(|error| {
-            let text = format!("rank {}: {error}", assignment.rank);
-            cpcr::trainer::emit(&TrainerEvent::Note { text });
+            let (text, curable) = (error.to_string(), error.is_curable());
+            cpcr::trainer::emit(&TrainerEvent::Failed { text, curable });
             Failure { message: error.to_string(), status: error.exit_status() }
         })
     }))

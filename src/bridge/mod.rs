@@ -6,5 +6,6 @@
 
 pub mod alloc;
 pub mod c10d;
+pub mod cuda;
 pub mod error;
 pub mod ops;

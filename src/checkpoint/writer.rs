@@ -6,8 +6,11 @@
 //! checkpoint.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
@@ -171,6 +174,8 @@ fn manifest_of(
 pub struct Writer {
     orders: Option<SyncSender<Order>>,
     thread: Option<JoinHandle<()>>,
+    /// Whether a write has failed of which nobody has been told yet.
+    failed: Arc<AtomicBool>,
 }
 
 enum Order {
@@ -184,28 +189,44 @@ impl Writer {
     pub fn start(runtime: Handle, run: Store, options: WriterOptions) -> std::io::Result<Self> {
         // One waits while one is being written: memory for at most three copies of the state.
         let (orders, queue) = sync_channel(1);
-        let thread = std::thread::Builder::new()
-            .name("checkpoint-writer".to_owned())
-            .spawn(move || serve(&runtime, &run, &options, &queue))?;
-        Ok(Self { orders: Some(orders), thread: Some(thread) })
+        let failed = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::Builder::new().name("checkpoint-writer".to_owned()).spawn({
+            let failed = Arc::clone(&failed);
+            move || serve(&runtime, &run, &options, &queue, &failed)
+        })?;
+        Ok(Self { orders: Some(orders), thread: Some(thread), failed })
     }
 
     /// Hands over a snapshot; waits only while another is waiting already.
     ///
-    /// An error of its writing is returned by the next [`Writer::flush`], and logged at once.
+    /// # Errors
+    /// That of an earlier snapshot which could not be written: whoever goes on regardless would
+    /// train without a net. It is told once.
     pub fn submit(&self, snapshot: Snapshot) -> Result<(), CheckpointError> {
+        if self.failed.swap(false, Ordering::Acquire) {
+            self.flush(|| {})?;
+        }
         self.order(Order::Write(Box::new(snapshot)))
     }
 
-    /// Waits until everything submitted is committed: what became of it since the last flush, newest
-    /// first (the last few), or
-    /// the first error since then.
+    /// Waits until everything submitted is committed, calling `waiting` about every second: what
+    /// became of it since the last flush, newest first (the last few), or the first error since
+    /// then.
     ///
     /// The wait is bounded by the store's own deadlines.
-    pub fn flush(&self) -> Result<Vec<Outcome>, CheckpointError> {
+    pub fn flush(&self, mut waiting: impl FnMut()) -> Result<Vec<Outcome>, CheckpointError> {
         let (reply, answer) = sync_channel(1);
         self.order(Order::Flush(reply))?;
-        answer.recv().map_err(|_| CheckpointError::WriterStopped)?
+        loop {
+            match answer.recv_timeout(Duration::from_secs(1)) {
+                Ok(report) => {
+                    self.failed.store(false, Ordering::Release);
+                    return report;
+                }
+                Err(RecvTimeoutError::Timeout) => waiting(),
+                Err(RecvTimeoutError::Disconnected) => return Err(CheckpointError::WriterStopped),
+            }
+        }
     }
 
     fn order(&self, order: Order) -> Result<(), CheckpointError> {
@@ -225,7 +246,13 @@ impl Drop for Writer {
 }
 
 /// The writer's thread, until the last sender is gone.
-fn serve(runtime: &Handle, run: &Store, options: &WriterOptions, queue: &Receiver<Order>) {
+fn serve(
+    runtime: &Handle,
+    run: &Store,
+    options: &WriterOptions,
+    queue: &Receiver<Order>,
+    failed: &AtomicBool,
+) {
     let mut since_flush: Result<Vec<Outcome>, CheckpointError> = Ok(Vec::new());
     for order in queue {
         match order {
@@ -243,6 +270,7 @@ fn serve(runtime: &Handle, run: &Store, options: &WriterOptions, queue: &Receive
                         if since_flush.is_ok() {
                             since_flush = Err(error);
                         }
+                        failed.store(true, Ordering::Release);
                     }
                 }
             }

@@ -9,17 +9,21 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
-use super::{Failure, doctor, sibling, threads_each};
+use super::run::{self, BackendArgument, Resume};
+use super::{Failure, doctor, gpus, sibling, threads_each};
 use crate::checkpoint;
-use crate::coordinator::{service, state::Limits};
+use crate::config::{self, ConfigSource};
+use crate::coordinator::{events::Limits, service};
 use crate::data::{self, Dataset, synth};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
 use crate::types::NodeId;
 use crate::worker::{AgentOptions, ChildOptions, run_agent};
 
-/// Longest time without a word from any trainer: a validation on a slow machine fits into it.
-const PROGRESS: Duration = Duration::from_secs(180);
+/// Longest silence of trainers that start: a checkpoint comes from far away.
+const START: Duration = Duration::from_secs(180);
+/// Longest silence of trainers that have begun, unless their steps are slow.
+const PROGRESS: Duration = Duration::from_secs(25);
 
 /// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
 #[derive(Debug, Parser)]
@@ -69,15 +73,24 @@ struct CoordinatorArguments {
     /// How many workers the run needs.
     #[arg(long)]
     nodes: u32,
-    /// Generations that may be lost.
-    #[arg(long, default_value_t = 3)]
-    restarts: u32,
-    /// Longest wait for missing workers, in seconds.
-    #[arg(long, default_value_t = 25)]
-    wait_s: u64,
-    /// Longest silence of a worker, in seconds.
-    #[arg(long, default_value_t = 8)]
-    heartbeat_timeout_s: u64,
+    /// The run's folder.
+    #[arg(long)]
+    run: String,
+    /// A preset or a TOML file for a run that starts here; without it RUN/config.toml counts.
+    #[arg(long)]
+    config: Option<String>,
+    /// One configuration key, e.g. `train.iterations=100`; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE", requires = "config")]
+    set: Vec<String>,
+    /// The dataset's folder.
+    #[arg(long, value_name = "URL", requires = "config")]
+    data: Option<String>,
+    /// `auto` goes on from the newest checkpoint; `never` refuses a folder that has one.
+    #[arg(long, default_value = "auto", value_enum)]
+    resume: Resume,
+    /// Which collectives; `auto` takes NCCL if every trainer has a GPU of its own, else Gloo.
+    #[arg(long, default_value = "auto", value_enum)]
+    backend: BackendArgument,
 }
 
 #[derive(Debug, clap::Args)]
@@ -97,6 +110,9 @@ struct WorkerArguments {
     /// CPU threads for the trainer; default all.
     #[arg(long)]
     threads: Option<u32>,
+    /// GPUs that the trainer could use; default: as many as libtorch finds.
+    #[arg(long)]
+    gpus: Option<u32>,
     /// How long the coordinator may be out of reach, in seconds.
     #[arg(long, default_value_t = 20)]
     patience_s: u64,
@@ -207,15 +223,27 @@ fn announce(address: SocketAddr) {
 }
 
 async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
+    let options = StoreOptions::default();
+    let config = match a.config {
+        None => run::configuration(&a.run, &options).await?,
+        Some(name) => {
+            let mut config =
+                config::load(&ConfigSource::Named(name), &a.set).map_err(Failure::usage)?;
+            config.data.url = a.data.or(config.data.url);
+            run::prepare(config, &a.run, a.nodes, a.resume, &options).await?
+        }
+    };
     let listener = tokio::net::TcpListener::bind(a.listen)
         .await
         .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
     announce(listener.local_addr().map_err(Failure::failed)?);
     let limits = Limits {
         nodes: a.nodes,
-        restarts: a.restarts,
-        wait: Duration::from_secs(a.wait_s),
-        heartbeat: Duration::from_secs(a.heartbeat_timeout_s),
+        backend: a.backend.chosen(),
+        restarts: config.recovery.restarts,
+        wait: Duration::from_secs(config.recovery.wait_s),
+        heartbeat: Duration::from_secs(config.recovery.heartbeat_timeout_s),
+        start: START,
         progress: PROGRESS,
         drain: Duration::from_secs(20),
     };
@@ -227,11 +255,16 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
 }
 
 async fn worker(a: WorkerArguments) -> Result<i32, Failure> {
+    let gpus = match a.gpus {
+        Some(gpus) => gpus,
+        None => u32::try_from(gpus::visible().await?.len()).unwrap_or(u32::MAX),
+    };
     let options = AgentOptions {
         coordinator: a.coordinator,
         node: NodeId(a.node),
         run: a.run,
         threads: a.threads.unwrap_or_else(|| threads_each(1)),
+        gpus,
         child: ChildOptions { engine: sibling("cpcr-engine")?, logs: a.logs },
         patience: Duration::from_secs(a.patience_s),
     };

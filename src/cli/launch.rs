@@ -10,12 +10,13 @@ use clap::Parser;
 use tokio::process::Child;
 
 use super::local::Family;
-use super::{Failure, threads_each};
+use super::run::{self, BackendArgument, Resume, absolute};
+use super::{Failure, gpus, named, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::synth::{self, SynthOptions};
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
-use crate::proto::{EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
+use crate::proto::{Doing, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::store::{Store, StoreOptions};
 use crate::telemetry::progress::RunStatus as Shown;
 use crate::telemetry::progress::{Outcome, Progress, ProgressState};
@@ -43,17 +44,20 @@ pub struct Arguments {
     #[arg(long, value_name = "URL")]
     run: Option<String>,
     /// `auto` goes on from the newest checkpoint; `never` refuses a folder that has one.
-    #[arg(long, default_value = "auto", value_parser = ["auto", "never"])]
-    resume: String,
-    /// Which collectives; `auto` takes what the machine has.
-    #[arg(long, default_value = "auto", value_parser = ["auto", "gloo", "nccl"])]
-    backend: String,
+    #[arg(long, default_value = "auto", value_enum)]
+    resume: Resume,
+    /// Which collectives; `auto` takes NCCL if every trainer has a GPU of its own, else Gloo.
+    #[arg(long, default_value = "auto", value_enum)]
+    backend: BackendArgument,
 }
 
 /// A run, resolved.
 struct Plan {
     config: RunConfig,
     nodes: u32,
+    backend: BackendArgument,
+    /// GPUs of this machine, one for each agent as far as they go.
+    gpus: Vec<String>,
     run: String,
     family: Family,
     /// Where the report can be opened on this machine, if it can.
@@ -67,8 +71,16 @@ struct Plan {
 /// # Errors
 /// [`Failure`]: one line and an exit status.
 pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
-    if arguments.backend == "nccl" {
-        return Err(Failure::usage("--backend nccl: this build has no NCCL backend yet; use gloo"));
+    let gpus = match arguments.backend {
+        BackendArgument::Gloo => Vec::new(),
+        BackendArgument::Auto | BackendArgument::Nccl => gpus::visible().await?,
+    };
+    if arguments.backend == BackendArgument::Nccl && gpus.len() < arguments.nodes as usize {
+        return Err(Failure::usage(format!(
+            "--backend nccl: {} trainers want a GPU each, libtorch can use {}; see `cpcr doctor`",
+            arguments.nodes,
+            gpus.len()
+        )));
     }
     let demonstration = arguments.config.is_none() && arguments.data.is_none();
     let source = match (&arguments.config, demonstration) {
@@ -81,11 +93,13 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
         config.data.url = Some(absolute(data));
     }
     let mut plan = if demonstration && config.data.url.is_none() {
-        demonstrate(&arguments, config).await?
+        demonstrate(&arguments, config, gpus).await?
     } else {
-        plain(&arguments, config)?
+        plain(&arguments, config, gpus)
     };
-    prepare(&mut plan, &arguments).await?;
+    let options = options(&plan);
+    plan.config =
+        run::prepare(plan.config, &plan.run, plan.nodes, arguments.resume, &options).await?;
     let status = supervise(&plan).await?;
     if status == EXIT_DONE
         && let Some(report) = &plan.report
@@ -100,14 +114,6 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     Ok(status)
 }
 
-/// A path becomes absolute, so that every process means the same folder; URLs stay.
-fn absolute(url: &str) -> String {
-    if url.contains("://") {
-        return url.to_owned();
-    }
-    std::path::absolute(url).map_or_else(|_| url.to_owned(), |path| path.display().to_string())
-}
-
 fn local_folder(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         None => Some(PathBuf::from(url)),
@@ -117,23 +123,23 @@ fn local_folder(url: &str) -> Option<PathBuf> {
 }
 
 /// A run on data of the user's own.
-fn plain(arguments: &Arguments, config: RunConfig) -> Result<Plan, Failure> {
-    if config.data.url.is_none() {
-        return Err(Failure::usage(
-            "no dataset: give --data URL (make one with `cpcr data import` or `cpcr data synth`)",
-        ));
-    }
+fn plain(arguments: &Arguments, config: RunConfig, gpus: Vec<String>) -> Plan {
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let folder = local_folder(&run);
     let logs =
         folder.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.name)).join("logs");
     let report = folder.map(|folder| folder.join("report/index.html"));
     let family = Family { logs, environment: Vec::new() };
-    Ok(Plan { nodes: arguments.nodes, config, run, family, report, s3: None })
+    let (nodes, backend) = (arguments.nodes, arguments.backend);
+    Plan { config, nodes, backend, gpus, run, family, report, s3: None }
 }
 
 /// The built-in demonstration: phantoms behind an S3 server whose bucket is in the run's folder.
-async fn demonstrate(arguments: &Arguments, mut config: RunConfig) -> Result<Plan, Failure> {
+async fn demonstrate(
+    arguments: &Arguments,
+    mut config: RunConfig,
+    gpus: Vec<String>,
+) -> Result<Plan, Failure> {
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let Some(folder) = local_folder(&run) else {
         return Err(Failure::usage(format!(
@@ -155,7 +161,8 @@ async fn demonstrate(arguments: &Arguments, mut config: RunConfig) -> Result<Pla
     config.data.url = Some("s3://cpcr/data".to_owned());
     let report = Some(folder.join("bucket/cpcr/run/report/index.html"));
     let run = "s3://cpcr/run".to_owned();
-    let plan = Plan { nodes: arguments.nodes, config, run, family, report, s3: Some(s3) };
+    let (nodes, backend) = (arguments.nodes, arguments.backend);
+    let plan = Plan { config, nodes, backend, gpus, run, family, report, s3: Some(s3) };
     let data = Store::open("s3://cpcr/data", &options(&plan)).map_err(Failure::usage)?;
     if !data.exists("manifest.json").await.map_err(Failure::failed)? {
         eprintln!("making the dataset: synthetic cardiac phantoms");
@@ -172,52 +179,6 @@ fn options(plan: &Plan) -> StoreOptions {
     plan.family.environment.iter().fold(StoreOptions::default(), |options, (key, value)| {
         options.with(key.to_lowercase(), value)
     })
-}
-
-/// Probes the store and writes the run's configuration, unless the run is another one.
-async fn prepare(plan: &mut Plan, arguments: &Arguments) -> Result<(), Failure> {
-    let store = Store::open(&plan.run, &options(plan)).map_err(Failure::usage)?;
-    store.probe().await.map_err(Failure::usage)?;
-    let batch = &mut plan.config.batch;
-    if batch.per_worker {
-        batch.labelled *= plan.nodes;
-        batch.unlabelled *= plan.nodes;
-        batch.per_worker = false;
-    }
-    let global = batch.labelled + batch.unlabelled;
-    if plan.nodes > global {
-        return Err(Failure::usage(format!(
-            "--nodes {}: more workers than the {global} samples of a batch",
-            plan.nodes
-        )));
-    }
-    let data = plan.config.data.url.clone().unwrap_or_default();
-    let dataset = Store::open(&data, &options(plan).existing()).map_err(Failure::usage)?;
-    if !dataset.exists("manifest.json").await.map_err(Failure::usage)? {
-        return Err(Failure::usage(format!("{data} is no dataset: it has no manifest.json")));
-    }
-    if store.exists("config.toml").await.map_err(Failure::failed)? {
-        let text = store.get("config.toml").await.map_err(Failure::failed)?;
-        let text = String::from_utf8_lossy(&text).into_owned();
-        let earlier = config::load(&ConfigSource::Text(text), &[]).map_err(Failure::usage)?;
-        let differences = plan.config.differences(&earlier);
-        let begun = !store.list("checkpoints").await.map_err(Failure::failed)?.is_empty();
-        if begun && arguments.resume == "never" {
-            return Err(Failure::usage(format!(
-                "{} holds a run already (--resume never)",
-                plan.run
-            )));
-        }
-        if begun && !differences.is_empty() {
-            return Err(Failure::usage(format!(
-                "{} holds a run with other settings: {}; use another --run",
-                plan.run,
-                differences.join("; ")
-            )));
-        }
-    }
-    let text = toml::to_string(&plan.config).map_err(Failure::failed)?;
-    store.put("config.toml", text.into()).await.map_err(Failure::failed)
 }
 
 /// Which child ended, with what exit status; none if a signal killed it.
@@ -237,22 +198,23 @@ struct Processes<'a> {
 
 impl Processes<'_> {
     fn coordinator_arguments(plan: &Plan, listen: &str) -> Vec<String> {
-        let recovery = &plan.config.recovery;
         [
             "coordinator".to_owned(),
             format!("--listen={listen}"),
             format!("--nodes={}", plan.nodes),
-            format!("--restarts={}", recovery.restarts),
-            format!("--wait-s={}", recovery.wait_s),
-            format!("--heartbeat-timeout-s={}", recovery.heartbeat_timeout_s),
+            format!("--run={}", plan.run),
+            format!("--backend={}", named(plan.backend)),
         ]
         .to_vec()
     }
 
     fn agent(&self, node: u32) -> Result<Child, Failure> {
         let plan = self.plan;
+        let gpu = plan.gpus.get(node as usize);
         plan.family.agent(
             node,
+            // An empty list shows none.
+            &[("CUDA_VISIBLE_DEVICES", gpu.map_or("", String::as_str))],
             &[
                 "worker".to_owned(),
                 format!("--coordinator={}", self.address),
@@ -260,6 +222,7 @@ impl Processes<'_> {
                 format!("--run={}", plan.run),
                 format!("--logs={}", plan.family.logs.display()),
                 format!("--threads={}", threads_each(plan.nodes)),
+                format!("--gpus={}", u32::from(gpu.is_some())),
             ],
         )
     }
@@ -388,7 +351,11 @@ fn finish(plan: &Plan, status: i32, shown: &View, progress: Progress) {
     };
     progress.finish(&outcome, &shown.state);
     if status == EXIT_DONE && !shown.dice.is_empty() {
-        eprintln!("validation Dice per class: {}", shown.dice);
+        let width = shown.dice.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        eprintln!("validation   Dice");
+        for (name, dice) in &shown.dice {
+            eprintln!("  {name:<width$}  {dice:.4}", width = width.max(9));
+        }
     }
 }
 
@@ -424,7 +391,8 @@ struct View {
     state: ProgressState,
     notes: usize,
     reason: String,
-    dice: String,
+    /// The last validation's Dice by class, the mean last.
+    dice: Vec<(String, f64)>,
 }
 
 impl View {
@@ -437,19 +405,20 @@ impl View {
         }
         self.notes = status.notes.len();
         self.reason.clone_from(&status.reason);
-        if let Ok(TrainerEvent::Step { step, terms, images_per_s, .. }) =
-            serde_json::from_str(&status.progress)
-        {
+        let newest = serde_json::from_str(&status.progress);
+        if let Ok(TrainerEvent::Step { step, terms, images_per_s, .. }) = &newest {
             self.state.step = step.0;
-            self.state.losses = terms.into_iter().collect();
-            self.state.images_per_s = images_per_s;
+            self.state.losses = terms.iter().map(|(name, value)| (name.clone(), *value)).collect();
+            // The sum of them comes first.
+            self.state.losses.sort_by_key(|(name, _)| name != "total");
+            self.state.images_per_s = *images_per_s;
         }
         if let Ok(TrainerEvent::Validation { dice, mean_dice, .. }) =
             serde_json::from_str(&status.validation)
         {
             self.state.val_dice = Some(mean_dice);
-            let each: Vec<String> = dice.iter().map(|d| format!("{d:.4}")).collect();
-            self.dice = format!("{} (mean {mean_dice:.4})", each.join(" "));
+            self.dice = dice;
+            self.dice.push(("mean".to_owned(), mean_dice));
         }
         self.state.world = status.members;
         self.state.status = match status.phase.as_str() {
@@ -457,7 +426,11 @@ impl View {
                 Shown::Waiting { present: status.members, wanted: status.wanted }
             }
             "training" if self.state.step == 0 => Shown::Starting,
-            "training" => Shown::Training,
+            "training" => match newest {
+                Ok(TrainerEvent::Busy { doing: Doing::Validating, .. }) => Shown::Validating,
+                Ok(TrainerEvent::Busy { doing: Doing::Saving, .. }) => Shown::Stopping,
+                _ => Shown::Training,
+            },
             "stopping" => Shown::Stopping,
             "recovering" => Shown::Recovering,
             _ => self.state.status,

@@ -71,12 +71,18 @@ impl Family {
         Err(Failure::failed(format!("`cpcr {}` did not start: {why}", arguments.join(" "))))
     }
 
-    /// Starts an agent.
+    /// Starts an agent, with environment variables of its own.
     ///
     /// # Errors
     /// When the process cannot be made.
-    pub fn agent(&self, node: u32, arguments: &[String]) -> Result<Child, Failure> {
+    pub fn agent(
+        &self,
+        node: u32,
+        environment: &[(&str, &str)],
+        arguments: &[String],
+    ) -> Result<Child, Failure> {
         self.command("cpcr", &format!("agent-{node}.log"))?
+            .envs(environment.iter().copied())
             .args(arguments)
             .spawn()
             .map_err(Failure::failed)

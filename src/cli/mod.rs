@@ -5,8 +5,10 @@
 
 pub mod commands;
 pub mod doctor;
+pub mod gpus;
 pub mod launch;
 pub mod local;
+pub mod run;
 pub mod signals;
 
 use std::path::PathBuf;
@@ -63,6 +65,11 @@ pub fn sibling(name: &str) -> Result<PathBuf, Failure> {
         "{} is missing: build it with `cargo build --release`",
         path.display()
     )))
+}
+
+/// How a value of an enumeration is written on the command line.
+fn named(value: impl clap::ValueEnum) -> String {
+    value.to_possible_value().map(|name| name.get_name().to_owned()).unwrap_or_default()
 }
 
 /// Threads for each of `trainers` on this machine: its CPU quota, divided.

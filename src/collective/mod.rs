@@ -16,12 +16,3 @@ pub use crate::bridge::c10d::ReduceOp;
 pub use error::CollectiveError;
 pub use group::{ProcessGroup, Rendezvous, Work};
 pub use reducer::Reducer;
-
-/// What a trainer's environment must hold for NCCL failures to come back as errors instead of
-/// tearing the process down. The agent sets it: it must be there before torch starts threads.
-pub const NCCL_ENVIRONMENT: &[(&str, &str)] = &[
-    // Clean up and report; don't end the process.
-    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"),
-    // The heartbeat monitor would end the process when an abort hangs; the agent does that.
-    ("TORCH_NCCL_ENABLE_MONITORING", "0"),
-];

@@ -38,7 +38,7 @@ pub enum Precision {
     F32,
     /// float32 with TF32 matrix products on GPUs.
     Tf32,
-    /// autocast to bfloat16.
+    /// bfloat16 activations and convolutions; float32 parameters, statistics and losses.
     Bf16,
 }
 

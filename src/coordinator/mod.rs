@@ -4,6 +4,7 @@
 //! around it. No tensor type is reachable from here, and a trainer never waits for it inside a
 //! step: it may be slow, or die, without a wrong number.
 
+pub mod events;
 pub mod service;
 pub mod state;
 

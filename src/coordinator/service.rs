@@ -15,11 +15,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::state::{Effect, Event, Limits, Phase, State};
+use super::events::{Effect, Event, Limits};
+use super::state::{Phase, State};
 use crate::proto::TrainerEvent;
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use crate::proto::wire::{self, agent_message, order};
-use crate::types::{Generation, NodeId};
+use crate::types::{Backend, Generation, NodeId};
 
 /// Inputs that may wait for the owner task.
 const QUEUE: usize = 1024;
@@ -142,6 +143,14 @@ struct Agent {
     incarnation: String,
     host: String,
     orders: mpsc::Sender<Result<wire::Order, Status>>,
+    last_words: Option<LastWords>,
+}
+
+/// What a trainer said of its own failure, before its process ended.
+struct LastWords {
+    generation: u64,
+    text: String,
+    curable: bool,
 }
 
 fn event_of(
@@ -153,11 +162,12 @@ fn event_of(
         Input::Joined { hello, orders, host } => {
             let node = NodeId(hello.node);
             let incarnation = hello.incarnation.clone();
-            agents.insert(node, Agent { incarnation, host, orders });
+            agents.insert(node, Agent { incarnation, host, orders, last_words: None });
             Some(Event::Joined {
                 node,
                 incarnation: hello.incarnation,
                 kv_address: hello.kv_address,
+                gpus: hello.gpus,
             })
         }
         Input::Left { node, incarnation } => Some(Event::Left { node, incarnation }),
@@ -167,22 +177,37 @@ fn event_of(
                 Some(Event::Heard { node })
             }
             agent_message::Kind::Stop(stop) => Some(Event::StopRequested { reason: stop.reason }),
-            agent_message::Kind::Exit(exit) => Some(Event::TrainerExited {
-                node,
-                generation: Generation(exit.generation),
-                status: exit.status,
-                evidence: exit.evidence,
-            }),
+            agent_message::Kind::Exit(exit) => {
+                let words = agents.get_mut(&node).and_then(|agent| agent.last_words.take());
+                let words = words.filter(|words| words.generation == exit.generation);
+                // A trainer that was killed said nothing, and may live next time.
+                let curable = words.as_ref().is_none_or(|words| words.curable);
+                let evidence = match words {
+                    Some(words) => format!("failed: {}", words.text),
+                    None => exit.evidence,
+                };
+                let generation = Generation(exit.generation);
+                let status = exit.status;
+                Some(Event::TrainerExited { node, generation, status, evidence, curable })
+            }
             agent_message::Kind::Report(report) => {
-                relay(&report, status);
+                if let Some(words) = relay(&report, status)
+                    && let Some(agent) = agents.get_mut(&node)
+                {
+                    agent.last_words = Some(words);
+                }
                 Some(Event::Progressed { node })
             }
         },
     }
 }
 
-/// Puts a trainer's event where watchers see it. Step events are rank 0's only.
-fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) {
+/// Puts a trainer's event where watchers see it; what it says of its own failure comes back. Step
+/// events are rank 0's only.
+fn relay(
+    report: &wire::TrainerReport,
+    status: &watch::Sender<wire::RunStatus>,
+) -> Option<LastWords> {
     match serde_json::from_str::<TrainerEvent>(&report.event) {
         Ok(TrainerEvent::Step { .. }) if report.rank == 0 => {
             status.send_modify(|s| s.progress.clone_from(&report.event));
@@ -190,13 +215,20 @@ fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) 
         Ok(TrainerEvent::Validation { .. }) if report.rank == 0 => {
             status.send_modify(|s| s.validation.clone_from(&report.event));
         }
+        // Other ranks may be done already: the line says what the slowest part is.
+        Ok(TrainerEvent::Busy { .. }) => {
+            status.send_modify(|s| s.progress.clone_from(&report.event));
+        }
         Ok(TrainerEvent::Ready { step }) if report.rank == 0 && step.0 > 0 => {
             note(status, format!("resumed at step {step}"));
         }
-        Ok(TrainerEvent::Note { text }) => note(status, text),
+        Ok(TrainerEvent::Failed { text, curable }) => {
+            return Some(LastWords { generation: report.generation, text, curable });
+        }
         Ok(_) => {}
         Err(error) => tracing::warn!(rank = report.rank, %error, "unreadable trainer event"),
     }
+    None
 }
 
 fn note(status: &watch::Sender<wire::RunStatus>, text: String) {
@@ -222,9 +254,9 @@ fn execute(
         }
     };
     match effect {
-        Effect::Start { node, generation, rank, world, kv_address } => {
+        Effect::Start { node, generation, rank, world, kv_address, backend } => {
             let host = agents.get(&node).map(|agent| agent.host.clone()).unwrap_or_default();
-            tracing::info!(%node, %generation, %rank, %world, "start trainer");
+            tracing::info!(%node, %generation, %rank, %world, %backend, "start trainer");
             let start = wire::Start {
                 generation: generation.0,
                 rank: rank.0,
@@ -232,6 +264,7 @@ fn execute(
                 kv_address,
                 host,
                 epoch: epoch.to_owned(),
+                nccl: backend == Backend::Nccl,
             };
             send(node, order::Kind::Start(start));
         }

@@ -7,16 +7,19 @@ use std::time::Duration;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::state::{Effect, Event, Limits, Phase, State};
-use crate::types::{Generation, NodeId};
+use super::events::{Effect, Event, Limits};
+use super::state::{Phase, State};
+use crate::types::{Backend, Generation, NodeId};
 
 fn limits() -> Limits {
     Limits {
         nodes: 3,
+        backend: None,
         restarts: 2,
         wait: Duration::from_secs(25),
         heartbeat: Duration::from_secs(8),
-        progress: Duration::from_secs(60),
+        start: Duration::from_secs(60),
+        progress: Duration::from_secs(20),
         drain: Duration::from_secs(10),
     }
 }
@@ -26,6 +29,7 @@ fn joined(node: u32, life: u32) -> Event {
         node: NodeId(node),
         incarnation: format!("{node}.{life}"),
         kv_address: format!("127.0.0.1:{node}"),
+        gpus: 0,
     }
 }
 
@@ -35,6 +39,18 @@ fn exited(node: u32, generation: u64, status: i32) -> Event {
         generation: Generation(generation),
         status,
         evidence: format!("exited with {status}"),
+        curable: true,
+    }
+}
+
+/// A trainer that failed over something no restart cures.
+fn hopeless(node: u32) -> Event {
+    Event::TrainerExited {
+        node: NodeId(node),
+        generation: Generation(1),
+        status: 1,
+        evidence: "failed: a shard is damaged".to_owned(),
+        curable: false,
     }
 }
 
@@ -78,6 +94,42 @@ fn a_lost_trainer_ends_the_generation_everywhere_and_the_next_one_starts() {
     assert_eq!(state.generation(), Generation(2));
 }
 
+/// What a run of three does whose members have so many GPUs each.
+fn with_gpus(backend: Option<Backend>, gpus: [u32; 3]) -> Vec<Effect> {
+    let mut state = State::new(Limits { backend, ..limits() });
+    let mut effects = Vec::new();
+    for (node, gpus) in (0..).zip(gpus) {
+        let Event::Joined { node, incarnation, kv_address, .. } = joined(node, 0) else {
+            return effects;
+        };
+        let event = Event::Joined { node, incarnation, kv_address, gpus };
+        effects = state.apply(Duration::ZERO, event);
+    }
+    effects
+}
+
+#[test]
+fn nccl_is_taken_only_if_every_member_has_a_gpu() {
+    let chosen = |effects: &[Effect]| -> Vec<Backend> {
+        effects
+            .iter()
+            .filter_map(
+                |e| if let Effect::Start { backend, .. } = e { Some(*backend) } else { None },
+            )
+            .collect()
+    };
+    assert_eq!(chosen(&with_gpus(None, [1, 2, 1])), [Backend::Nccl; 3]);
+    assert_eq!(chosen(&with_gpus(Some(Backend::Gloo), [1, 1, 1])), [Backend::Gloo; 3]);
+    let mixed = with_gpus(None, [1, 0, 1]);
+    assert_eq!(chosen(&mixed), [Backend::Gloo; 3]);
+    assert!(mixed.iter().any(|e| matches!(e, Effect::Note(text) if text.contains("2 of 3"))));
+    assert_eq!(with_gpus(None, [0, 0, 0]).len(), 3, "nothing to say without GPUs");
+    let refused = with_gpus(Some(Backend::Nccl), [1, 1, 0]);
+    assert!(
+        matches!(&refused[..], [Effect::Finish { status: 2, reason }] if reason.contains("node 2"))
+    );
+}
+
 #[test]
 fn reports_of_an_older_generation_change_nothing() {
     let mut state = all_here();
@@ -101,6 +153,22 @@ fn the_restart_budget_is_kept_and_usage_errors_are_final() {
 }
 
 #[test]
+fn what_no_restart_cures_ends_the_run_at_once_whoever_leaves_first() {
+    let second = Duration::from_secs(1);
+    for victims in 0..2 {
+        let mut state = all_here();
+        for victim in 0..victims {
+            state.apply(second, exited(victim, 1, 1));
+        }
+        let effects = state.apply(second, hopeless(2));
+        let ended = effects.iter().any(|e| {
+            matches!(e, Effect::Finish { status: 1, reason } if reason.contains("node 2") && reason.contains("damaged"))
+        });
+        assert!(ended, "{effects:?}");
+    }
+}
+
+#[test]
 fn a_stop_asks_every_trainer_and_ends_with_75() {
     let mut state = all_here();
     let effects =
@@ -112,18 +180,31 @@ fn a_stop_asks_every_trainer_and_ends_with_75() {
     assert!(matches!(state.phase(), Phase::Finished { status: 75, .. }));
 }
 
+/// The second at which a generation is lost whose agents live and whose trainers made progress at
+/// the given seconds only.
+fn lost_at(progress: &[u64]) -> Option<u64> {
+    let mut state = all_here();
+    for second in 1..=400 {
+        let now = Duration::from_secs(second);
+        for node in (0..3).map(NodeId) {
+            state.apply(now, Event::Heard { node });
+        }
+        if progress.contains(&second) {
+            state.apply(now, Event::Progressed { node: NodeId(1) });
+        }
+        let effects = state.apply(now, Event::Tick);
+        if effects.iter().filter(|e| matches!(e, Effect::End { .. })).count() == 3 {
+            return Some(second);
+        }
+    }
+    None
+}
+
 #[test]
 fn a_generation_without_progress_is_lost_though_its_agents_live() {
-    let mut state = all_here();
-    let mut effects = Vec::new();
-    for second in 1..=61 {
-        let now = Duration::from_secs(second);
-        for node in 0..3 {
-            effects.extend(state.apply(now, Event::Heard { node: NodeId(node) }));
-        }
-        effects.extend(state.apply(now, Event::Tick));
-    }
-    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::End { .. })).count(), 3);
+    assert_eq!(lost_at(&[]), Some(61), "nothing ever: the time to start");
+    assert_eq!(lost_at(&[2, 4, 6]), Some(27), "quick steps, then none");
+    assert_eq!(lost_at(&[50, 52]), Some(52 + 151), "slow ones earn patience");
 }
 
 /// Whatever happens, the run ends within a bounded time after the last event, a generation never

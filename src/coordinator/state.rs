@@ -13,34 +13,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use super::events::{Effect, Event, Limits, Now};
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
-use crate::types::{Generation, NodeId, Rank, WorldSize};
-
-/// Time since the coordinator's start; it comes with every event.
-pub type Now = Duration;
-
-/// How patient the coordinator is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Limits {
-    /// Members that a generation needs.
-    pub nodes: u32,
-    /// Generations that may be lost before the run gives up.
-    pub restarts: u32,
-    /// Longest wait for missing members.
-    pub wait: Duration,
-    /// Longest silence of a member.
-    pub heartbeat: Duration,
-    /// Longest time in which no trainer of a generation says anything.
-    pub progress: Duration,
-    /// Longest wait for trainers to leave, when draining or stopping.
-    pub drain: Duration,
-}
+use crate::types::{Backend, Generation, NodeId, Rank, WorldSize};
 
 /// One agent, as the coordinator knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Member {
     incarnation: String,
     kv_address: String,
+    gpus: u32,
     last_seen: Now,
 }
 
@@ -77,96 +59,12 @@ pub enum Phase {
     },
 }
 
-/// What happens to the coordinator.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// An agent said hello.
-    Joined {
-        /// Which node it serves.
-        node: NodeId,
-        /// Fresh with every start of the agent.
-        incarnation: String,
-        /// Its key-value service.
-        kv_address: String,
-    },
-    /// An agent's stream ended.
-    Left {
-        /// Which.
-        node: NodeId,
-        /// Which life of it.
-        incarnation: String,
-    },
-    /// Any message from an agent.
-    Heard {
-        /// Which.
-        node: NodeId,
-    },
-    /// A trainer said something: it is ready, did a step, validated.
-    Progressed {
-        /// On which node.
-        node: NodeId,
-    },
-    /// A trainer's process ended.
-    TrainerExited {
-        /// On which node.
-        node: NodeId,
-        /// Of which generation.
-        generation: Generation,
-        /// Exit status, or 128 + signal.
-        status: i32,
-        /// What the agent saw.
-        evidence: String,
-    },
-    /// The user or the platform wants the run to checkpoint and end.
-    StopRequested {
-        /// Who asked.
-        reason: String,
-    },
-    /// Time passed.
-    Tick,
-}
-
-/// What the shell is to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Effect {
-    /// Start a trainer.
-    Start {
-        /// On this node.
-        node: NodeId,
-        /// For this generation.
-        generation: Generation,
-        /// As this rank.
-        rank: Rank,
-        /// Of so many.
-        world: WorldSize,
-        /// With the c10d store hosted here.
-        kv_address: String,
-    },
-    /// Kill the trainer of a generation.
-    End {
-        /// On this node.
-        node: NodeId,
-        /// Of this generation.
-        generation: Generation,
-        /// Why.
-        reason: String,
-    },
-    /// Have the trainer checkpoint and leave.
-    CheckpointAndStop {
-        /// On this node.
-        node: NodeId,
-        /// Of this generation.
-        generation: Generation,
-    },
-    /// Tell everyone that the run has ended.
-    Finish {
-        /// Exit status.
-        status: i32,
-        /// Why.
-        reason: String,
-    },
-    /// A line for the user.
-    Note(String),
+/// A trainer's end, as [`Event::TrainerExited`] tells it.
+struct Exit<'a> {
+    node: NodeId,
+    status: i32,
+    evidence: &'a str,
+    curable: bool,
 }
 
 /// The whole state.
@@ -179,6 +77,8 @@ pub struct State {
     lost_generations: u32,
     stop: Option<String>,
     last_progress: Now,
+    /// Longest silence of this generation so far; none before its first sign of progress.
+    longest_silence: Option<Duration>,
 }
 
 impl State {
@@ -193,6 +93,7 @@ impl State {
             lost_generations: 0,
             stop: None,
             last_progress: Duration::ZERO,
+            longest_silence: None,
         }
     }
 
@@ -218,8 +119,9 @@ impl State {
     pub fn apply(&mut self, now: Now, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
         match event {
-            Event::Joined { node, incarnation, kv_address } => {
-                self.joined(now, node, incarnation, kv_address, &mut effects);
+            Event::Joined { node, incarnation, kv_address, gpus } => {
+                let member = Member { incarnation, kv_address, gpus, last_seen: now };
+                self.joined(now, node, member, &mut effects);
             }
             Event::Left { node, incarnation } => {
                 if self.members.get(&node).is_some_and(|m| m.incarnation == incarnation) {
@@ -227,6 +129,8 @@ impl State {
                 }
             }
             Event::Progressed { node } => {
+                let silence = now.saturating_sub(self.last_progress);
+                self.longest_silence = Some(self.longest_silence.unwrap_or_default().max(silence));
                 self.last_progress = now;
                 if let Some(member) = self.members.get_mut(&node) {
                     member.last_seen = now;
@@ -237,9 +141,10 @@ impl State {
                     member.last_seen = now;
                 }
             }
-            Event::TrainerExited { node, generation, status, evidence } => {
+            Event::TrainerExited { node, generation, status, evidence, curable } => {
                 if generation == self.generation {
-                    self.trainer_exited(now, node, status, &evidence, &mut effects);
+                    let exit = Exit { node, status, evidence: &evidence, curable };
+                    self.trainer_exited(now, &exit, &mut effects);
                 }
             }
             Event::StopRequested { reason } => self.stop_requested(now, reason, &mut effects),
@@ -249,14 +154,7 @@ impl State {
         effects
     }
 
-    fn joined(
-        &mut self,
-        now: Now,
-        node: NodeId,
-        incarnation: String,
-        kv_address: String,
-        effects: &mut Vec<Effect>,
-    ) {
+    fn joined(&mut self, now: Now, node: NodeId, member: Member, effects: &mut Vec<Effect>) {
         if let Phase::Finished { status, reason } = &self.phase {
             effects.push(Effect::Finish { status: *status, reason: reason.clone() });
             return;
@@ -271,7 +169,7 @@ impl State {
         if self.members.contains_key(&node) {
             self.lose(now, node, "a new agent took its place", effects);
         }
-        self.members.insert(node, Member { incarnation, kv_address, last_seen: now });
+        self.members.insert(node, member);
     }
 
     /// Starts a generation when everyone is here.
@@ -286,6 +184,7 @@ impl State {
         if self.members() < self.limits.nodes {
             return;
         }
+        let Some(backend) = self.choose_backend(effects) else { return };
         let Some(first) = self.members.values().next() else { return };
         let kv_address = first.kv_address.clone();
         self.generation = Generation(self.generation.0 + 1);
@@ -298,13 +197,41 @@ impl State {
                 rank: Rank(rank),
                 world: WorldSize(self.limits.nodes),
                 kv_address: kv_address.clone(),
+                backend,
             });
         }
         for member in self.members.values_mut() {
             member.last_seen = now;
         }
         self.last_progress = now;
+        self.longest_silence = None;
         self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
+    }
+
+    /// The collectives of the next generation; none if the run had to end over it.
+    fn choose_backend(&mut self, effects: &mut Vec<Effect>) -> Option<Backend> {
+        let without = self.members.iter().find(|(_, member)| member.gpus == 0);
+        match (self.limits.backend, without) {
+            (Some(Backend::Nccl), Some((node, _))) => {
+                let reason = format!(
+                    "--backend nccl: node {node} has no GPU of its own that libtorch can use; see `cpcr doctor`"
+                );
+                self.finish(EXIT_USAGE, reason, effects);
+                None
+            }
+            (Some(backend), _) => Some(backend),
+            (None, None) => Some(Backend::Nccl),
+            (None, Some(_)) => {
+                let with = self.members.values().filter(|member| member.gpus > 0).count();
+                if with > 0 {
+                    effects.push(Effect::Note(format!(
+                        "{with} of {} workers have a GPU of their own: training on CPUs with Gloo",
+                        self.members()
+                    )));
+                }
+                Some(Backend::Gloo)
+            }
+        }
     }
 
     fn lose(&mut self, now: Now, node: NodeId, why: &str, effects: &mut Vec<Effect>) {
@@ -323,20 +250,15 @@ impl State {
         self.drained(now);
     }
 
-    fn trainer_exited(
-        &mut self,
-        now: Now,
-        node: NodeId,
-        status: i32,
-        evidence: &str,
-        effects: &mut Vec<Effect>,
-    ) {
+    fn trainer_exited(&mut self, now: Now, exit: &Exit, effects: &mut Vec<Effect>) {
         match &mut self.phase {
             Phase::Training { ranks, left, .. } => {
-                let Some(rank) = ranks.get(&node).copied() else { return };
-                match status {
+                let Some(rank) = ranks.get(&exit.node).copied() else { return };
+                let why =
+                    || format!("the trainer of node {} (rank {rank}) {}", exit.node, exit.evidence);
+                match exit.status {
                     EXIT_DONE | EXIT_RESUMABLE => {
-                        left.insert(node, status);
+                        left.insert(exit.node, exit.status);
                         if left.len() == ranks.len() {
                             let stopped = left.values().any(|&s| s == EXIT_RESUMABLE);
                             let (status, reason) = if stopped {
@@ -347,18 +269,23 @@ impl State {
                             self.finish(status, reason.to_owned(), effects);
                         }
                     }
-                    EXIT_USAGE => self.finish(EXIT_USAGE, evidence.to_owned(), effects),
+                    EXIT_USAGE => self.finish(EXIT_USAGE, exit.evidence.to_owned(), effects),
+                    _ if !exit.curable => self.finish(EXIT_FAILED, why(), effects),
                     _ => {
-                        let why = format!("the trainer of node {node} (rank {rank}) {evidence}");
-                        self.lose_generation(now, why, effects);
+                        self.lose_generation(now, why(), effects);
                         if let Phase::Draining { waiting_for, .. } = &mut self.phase {
-                            waiting_for.remove(&node);
+                            waiting_for.remove(&exit.node);
                         }
                     }
                 }
             }
+            // A victim may leave before the one whose failure no restart can cure.
+            Phase::Draining { .. } if !exit.curable => {
+                let why = format!("the trainer of node {} {}", exit.node, exit.evidence);
+                self.finish(EXIT_FAILED, why, effects);
+            }
             Phase::Draining { waiting_for, .. } => {
-                waiting_for.remove(&node);
+                waiting_for.remove(&exit.node);
             }
             _ => {}
         }
@@ -455,12 +382,20 @@ impl State {
                 );
             }
             Phase::Training { .. }
-                if now.saturating_sub(self.last_progress) > self.limits.progress =>
+                if now.saturating_sub(self.last_progress) > self.silence_max() =>
             {
-                let why = format!("no progress for {} s", self.limits.progress.as_secs());
+                let why = format!("no progress for {} s", self.silence_max().as_secs());
                 self.lose_generation(now, why, effects);
             }
             _ => {}
+        }
+    }
+
+    /// How long this generation's trainers may be silent.
+    fn silence_max(&self) -> Duration {
+        match self.longest_silence {
+            None => self.limits.start,
+            Some(longest) => self.limits.progress.max(longest * 3),
         }
     }
 

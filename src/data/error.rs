@@ -16,7 +16,7 @@ pub enum DataError {
         object: String,
     },
     /// Storage failed, after its own retries; trying later may help.
-    #[error("read `{object}`")]
+    #[error("read `{object}`: {source}")]
     Read {
         /// Path of the object within the dataset.
         object: String,
@@ -25,7 +25,7 @@ pub enum DataError {
         source: SourceError,
     },
     /// Storage refused what was written.
-    #[error("write `{object}`")]
+    #[error("write `{object}`: {source}")]
     Write {
         /// Path of the object within the dataset.
         object: String,

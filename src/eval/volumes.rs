@@ -108,7 +108,7 @@ pub struct CaseScores {
 #[non_exhaustive]
 pub enum EvalError<E: std::error::Error + Send + Sync + 'static> {
     /// The model failed.
-    #[error("segment case {case}")]
+    #[error("segment case {case}: {source}")]
     Segment {
         /// Name of the case.
         case: String,
@@ -128,7 +128,7 @@ pub enum EvalError<E: std::error::Error + Send + Sync + 'static> {
         actual: usize,
     },
     /// No score for the masks.
-    #[error("score class {class} of case {case}")]
+    #[error("score class {class} of case {case}: {source}")]
     Metric {
         /// Name of the case.
         case: String,

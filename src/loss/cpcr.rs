@@ -8,22 +8,12 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{LossError, dice, distill, entropy, focal, rampup};
+use super::{LossError, dice, distill, entropy, focal};
 use crate::bridge::ops::{self, PairTerms, SumOverRanks};
 use crate::model::Outputs;
 
 /// What [`StepLoss::terms`] holds, in order.
 pub const TERMS: [&str; 6] = ["dice", "focal", "kd_main", "entropy", "kd_aux", "total"];
-
-/// Which supervised loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Preset {
-    /// Dice: the authors' revision of 2025-03-30.
-    #[default]
-    Cpcr,
-    /// Dice and focal: that of 2025-05-11.
-    CpcrFocal,
-}
 
 /// The terms' weights in one step; zero leaves a term out.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,18 +31,6 @@ pub struct TermWeights {
 }
 
 impl TermWeights {
-    /// The weights of the step that follows `done` iterations, of which the first `warm_up` are
-    /// supervised only.
-    #[must_use]
-    pub fn at(preset: Preset, done: u64, warm_up: u64) -> Self {
-        let focal = if preset == Preset::CpcrFocal { 1.0 } else { 0.0 };
-        if done < warm_up {
-            return Self { dice: 1.0, focal, kd_main: 0.0, entropy: 0.0, kd_aux: 0.0 };
-        }
-        let kd_aux = rampup::lambda(done);
-        Self { dice: 1.0, focal, kd_main: 0.1, entropy: 0.1, kd_aux }
-    }
-
     /// Whether the auxiliary heads are needed.
     #[must_use]
     pub fn needs_aux(&self) -> bool {

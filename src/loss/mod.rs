@@ -11,7 +11,7 @@ pub mod entropy;
 pub mod focal;
 pub mod rampup;
 
-pub use cpcr::{Alone, Counts, Objective, Path, Preset, StepLoss, TERMS, TermWeights};
+pub use cpcr::{Alone, Counts, Objective, Path, StepLoss, TERMS, TermWeights};
 
 use crate::bridge::ops::OpError;
 

@@ -1,27 +1,34 @@
-//! lambda(t), the weight of the cross-pyramid term, and the length of the warm-up. Pure numbers.
+//! lambda(t), the weight of the cross-pyramid term over a run. Pure numbers.
 
-/// Largest weight.
-const TOP: f64 = 0.1;
-/// Epochs of 150 iterations until it is reached.
-const LENGTH: f64 = 200.0;
-/// Iterations in one of its epochs.
-const ITERATIONS: u64 = 150;
-/// Warm-up in passes over the labelled stream.
-const WARM_UP_EPOCHS: u64 = 90;
-
-/// lambda(t) = 0.1 exp(-5 (1 - min(e, 200) / 200)^2), e = t div 150, for the step that follows
-/// `done` iterations.
-#[must_use]
-pub fn lambda(done: u64) -> f64 {
-    let phase = 1.0 - ((done / ITERATIONS) as f64).min(LENGTH) / LENGTH;
-    TOP * (-5.0 * phase * phase).exp()
+/// A sigmoid-shaped ramp-up: lambda(t) = top exp(-5 (1 - min(e, length) / length)^2),
+/// e = t div `every`. The defaults are the reference's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RampUp {
+    /// Largest weight.
+    pub top: f64,
+    /// Units of `every` iterations until it is reached; 0: it is in force from the start.
+    pub length: u64,
+    /// Iterations in one unit; the weight rises in steps of this many.
+    pub every: u64,
 }
 
-/// Iterations of supervised terms alone: 90 passes over the labelled stream, remainders dropped;
-/// a stream shorter than its batch counts one iteration as a pass.
-#[must_use]
-pub fn warm_up_iterations(labelled_slices: u64, labelled_batch: u64) -> u64 {
-    WARM_UP_EPOCHS * labelled_slices.checked_div(labelled_batch).unwrap_or(0).max(1)
+impl Default for RampUp {
+    fn default() -> Self {
+        Self { top: 0.1, length: 200, every: 150 }
+    }
+}
+
+impl RampUp {
+    /// The weight of the step that follows `done` iterations.
+    #[must_use]
+    pub fn at(&self, done: u64) -> f64 {
+        if self.length == 0 {
+            return self.top;
+        }
+        let phase = (done / self.every.max(1)).min(self.length);
+        let left = 1.0 - phase as f64 / self.length as f64;
+        self.top * (-5.0 * left * left).exp()
+    }
 }
 
 #[cfg(test)]
@@ -29,17 +36,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn warm_up_has_the_lengths_of_the_method() {
-        assert_eq!(warm_up_iterations(136, 12), 990);
-        assert_eq!(warm_up_iterations(256, 12), 1890);
-        assert_eq!(warm_up_iterations(5, 12), 90);
-    }
-
-    #[test]
     fn lambda_rises_in_steps_to_a_tenth_and_stays() {
-        assert_eq!(lambda(0), lambda(149));
-        assert!(lambda(150) > lambda(149));
-        assert_eq!(lambda(30_000), 0.1);
-        assert_eq!(lambda(49_999), 0.1);
+        let lambda = RampUp::default();
+        assert_eq!(lambda.at(0), lambda.at(149));
+        assert!(lambda.at(150) > lambda.at(149));
+        assert_eq!(lambda.at(30_000), 0.1);
+        assert_eq!(lambda.at(49_999), 0.1);
+        assert_eq!(RampUp { length: 0, ..lambda }.at(0), 0.1);
     }
 }

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Generation, Rank, Step, WorldSize};
+use crate::types::{Backend, Generation, Rank, Step, WorldSize};
 
 /// The generated gRPC types.
 #[allow(missing_docs, clippy::all)]
@@ -37,6 +37,8 @@ pub struct Assignment {
     pub rank: Rank,
     /// How many ranks there are.
     pub world: WorldSize,
+    /// Its collectives, and whether it trains on the CPU or on the first GPU that it sees.
+    pub backend: Backend,
     /// The key-value service that hosts this generation's c10d store.
     pub kv_address: SocketAddr,
     /// The interface that collectives use.
@@ -69,12 +71,19 @@ pub enum TrainerEvent {
         /// Share of the step's time spent waiting for data, `0..=1`.
         data_wait: f64,
     },
+    /// It does something else than stepping, and gets on with it.
+    Busy {
+        /// Steps done.
+        step: Step,
+        /// What.
+        doing: Doing,
+    },
     /// A validation finished.
     Validation {
         /// Steps done.
         step: Step,
-        /// Dice per foreground class, in class order.
-        dice: Vec<f64>,
+        /// Dice of each foreground class by its name, in class order.
+        dice: Vec<(String, f64)>,
         /// Their mean.
         mean_dice: f64,
     },
@@ -83,11 +92,24 @@ pub enum TrainerEvent {
         /// Its step.
         step: Step,
     },
-    /// Something the user should read.
-    Note {
-        /// One line.
+    /// It fails, and its process ends next.
+    Failed {
+        /// Why, in one line.
         text: String,
+        /// Whether another generation may do better: a lost peer, a store that was out of reach.
+        /// A damaged object or a loss that is no number will be the same again.
+        curable: bool,
     },
+}
+
+/// What a trainer does between steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Doing {
+    /// It has scored another validation volume.
+    Validating,
+    /// It waits until its last checkpoint is committed.
+    Saving,
 }
 
 /// What an agent tells a running trainer (stdin, one JSON object a line).

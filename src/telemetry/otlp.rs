@@ -49,7 +49,7 @@ pub enum OtlpError {
         source: opentelemetry_otlp::ExporterBuildError,
     },
     /// No threads for exporting.
-    #[error("start the threads that export traces")]
+    #[error("start the threads that export traces: {0}")]
     Runtime(#[source] std::io::Error),
 }
 

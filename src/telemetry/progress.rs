@@ -174,16 +174,16 @@ impl Progress {
 
     /// Ends the line, with one that says how the run ended.
     pub fn finish(mut self, outcome: &Outcome, state: &ProgressState) {
-        let how = match outcome {
-            Outcome::Complete => "done".to_owned(),
-            Outcome::Interrupted => "interrupted, can be resumed".to_owned(),
-            Outcome::Failed(why) => format!("failed: {why}"),
+        let (how, why) = match outcome {
+            Outcome::Complete => ("done", String::new()),
+            Outcome::Interrupted => ("interrupted, can be resumed", String::new()),
+            Outcome::Failed(why) => ("failed", format!(": {why}")),
         };
         let dice = state.val_dice.map_or_else(String::new, |d| format!(", validation Dice {d:.4}"));
         if let Output::Terminal(bar) = &self.output {
             bar.finish_and_clear();
         }
-        self.note(&format!("{how} after step {} of {}{dice}", state.step, self.total));
+        self.note(&format!("{how} after step {} of {}{dice}{why}", state.step, self.total));
     }
 }
 

@@ -28,6 +28,9 @@ pub enum TrainerError {
         /// What differs.
         what: &'static str,
     },
+    /// There is no GPU to train on: see `cpcr doctor`, or take the CPU.
+    #[error("no GPU: {0} (`cpcr doctor` tells more; --backend gloo trains on the CPU)")]
+    Device(String),
     /// A peer or its store was lost: the generation ends.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
@@ -69,6 +72,31 @@ pub enum TrainerError {
 }
 
 impl TrainerError {
+    /// Whether a new generation may do better. What is wrong with the data, the configuration or
+    /// the method would be met again.
+    #[must_use]
+    pub fn is_curable(&self) -> bool {
+        match self {
+            Self::Store(error) | Self::Checkpoint(CheckpointError::Store(error)) => {
+                !matches!(error, StoreError::NoSpace { .. } | StoreError::Denied { .. })
+            }
+            Self::Data(error) => {
+                matches!(error, DataError::Read { .. } | DataError::Thread(_) | DataError::Stopped)
+            }
+            // The bridge's and libtorch's own errors are also how a lost peer shows in a backward pass.
+            Self::Collective(_) | Self::Op(_) | Self::Torch(_) | Self::Loss(_) | Self::Model(_) => {
+                true
+            }
+            Self::Checkpoint(CheckpointError::WriterStopped) | Self::System(_) => true,
+            Self::Checkpoint(_)
+            | Self::Config(_)
+            | Self::Mismatch { .. }
+            | Self::Device(_)
+            | Self::Report(_)
+            | Self::Diverged { .. } => false,
+        }
+    }
+
     /// The process's exit status.
     #[must_use]
     pub fn exit_status(&self) -> i32 {

@@ -3,6 +3,7 @@
 //! It does what its assignment says and reports to its agent by JSON lines on stdout. Not here:
 //! who trains with whom (the coordinator), what a sample is (`data`), what a loss is (`loss`).
 
+mod device;
 mod error;
 mod orders;
 mod persist;
@@ -17,7 +18,7 @@ pub use orders::emit;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::bridge::ops;
 use crate::data::Batch;
@@ -48,7 +49,7 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
         let heads = if weights.needs_aux() { Heads::All } else { Heads::Main };
         t.reduce_over(heads)?;
 
-        let (images, labels) = tensors(&batch, t.patch)?;
+        let (images, labels) = tensors(&batch, t.patch, t.device)?;
         let draws = Draws::keyed(t.seed, t.step.0, u64::from(t.rank.0));
         let outputs =
             trace.phase(Phase::Forward, || t.net.forward_train(&images, &draws, heads, None))?;
@@ -107,17 +108,22 @@ impl Trainer {
     }
 }
 
-/// `[N, 1, H, W]` float32 images and `[N_l, H, W]` uint8 labels of a batch.
-fn tensors(batch: &Batch, (h, w): (usize, usize)) -> Result<(Tensor, Tensor), TrainerError> {
+/// `[N, 1, H, W]` float32 images and `[N_l, H, W]` uint8 labels of a batch, on the device.
+fn tensors(
+    batch: &Batch,
+    (h, w): (usize, usize),
+    device: Device,
+) -> Result<(Tensor, Tensor), TrainerError> {
     let n = (batch.n_labelled + batch.n_unlabelled) as i64;
     let (h, w) = (h as i64, w as i64);
     let images = Tensor::f_from_slice(&batch.images)?.f_view([n, 1, h, w])?;
     let labels = if batch.n_labelled == 0 {
-        Tensor::f_zeros([0, h, w], (Kind::Uint8, tch::Device::Cpu))?
+        Tensor::f_zeros([0, h, w], (Kind::Uint8, Device::Cpu))?
     } else {
         Tensor::f_from_slice(&batch.labels)?.f_view([batch.n_labelled as i64, h, w])?
     };
-    Ok((images, labels))
+    // Stays as it is on the CPU.
+    Ok((images.f_to_device(device)?, labels.f_to_device(device)?))
 }
 
 /// Tells the agent, and remembers for the report.

@@ -71,7 +71,7 @@ pub fn final_report(t: &mut Trainer) -> Result<(), TrainerError> {
     let environment = [
         ("workers".to_owned(), t.world.to_string()),
         ("threads per worker".to_owned(), t.threads.to_string()),
-        ("backend".to_owned(), "gloo, CPU".to_owned()),
+        ("backend".to_owned(), t.backend.to_string()),
         ("cpcr".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ];
     let files = report::render(&ReportInputs {

@@ -9,14 +9,21 @@ use super::TrainerError;
 use crate::bridge::ops::SumOverRanks;
 use crate::collective::{ProcessGroup, ReduceOp, Work};
 use crate::loss::{StepLoss, TERMS};
+use crate::types::Rank;
 
-/// The side group; `None` when there is one rank only.
-#[derive(Debug)]
-pub struct Ranks(pub Option<ProcessGroup>);
+/// The groups for what is small: one between hosts, and on GPUs one between devices too. Both are
+/// `None` when there is one rank only.
+#[derive(Debug, Default)]
+pub struct Ranks {
+    /// Gloo: tensors on the CPU.
+    pub host: Option<ProcessGroup>,
+    /// NCCL: tensors on a GPU.
+    pub device: Option<ProcessGroup>,
+}
 
 impl SumOverRanks for Ranks {
     fn sum_in_place(&self, tensor: &Tensor) -> Result<(), String> {
-        match &self.0 {
+        match self.group_of(tensor) {
             Some(group) => group.all_reduce(tensor, ReduceOp::Sum).map_err(|e| e.to_string()),
             None => Ok(()),
         }
@@ -24,12 +31,27 @@ impl SumOverRanks for Ranks {
 }
 
 impl Ranks {
+    fn group_of(&self, tensor: &Tensor) -> Option<&ProcessGroup> {
+        if tensor.device() == Device::Cpu { self.host.as_ref() } else { self.device.as_ref() }
+    }
+
+    /// Every rank's `tensor` becomes rank 0's.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn copy_from_first(&self, tensor: &Tensor) -> Result<(), TrainerError> {
+        match self.group_of(tensor) {
+            Some(group) => Ok(group.broadcast(tensor, Rank(0))?),
+            None => Ok(()),
+        }
+    }
+
     /// Every rank's bytes, in rank order.
     ///
     /// # Errors
     /// When a rank is lost.
     pub fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, TrainerError> {
-        let Some(group) = &self.0 else { return Ok(vec![bytes.to_vec()]) };
+        let Some(group) = &self.host else { return Ok(vec![bytes.to_vec()]) };
         let length = Tensor::f_from_slice(&[bytes.len() as i64])?;
         let lengths: Vec<i64> = group
             .all_gather(&length)?
@@ -76,7 +98,7 @@ impl Tail {
         let vote = Tensor::f_from_slice(&[f64::from(u8::from(stop))])?;
         let terms = loss.terms.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
         let sums = Tensor::f_cat(&[terms, vote], 0)?;
-        let work = match &ranks.0 {
+        let work = match &ranks.host {
             Some(group) => Some(group.start_all_reduce(&sums, ReduceOp::Sum)?),
             None => None,
         };

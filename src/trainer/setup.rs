@@ -6,9 +6,9 @@ use std::time::Duration;
 use tch::{Device, Tensor};
 use tokio::runtime::Runtime;
 
-use super::TrainerError;
 use super::ranks::Ranks;
 use super::schedule::Schedule;
+use super::{TrainerError, device};
 use crate::bridge::ops;
 use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions, load_latest};
 use crate::collective::{ProcessGroup, Reducer, Rendezvous};
@@ -18,9 +18,9 @@ use crate::eval::Summary;
 use crate::eval::report::{Record, RunEvent, RunHistory};
 use crate::loss::Objective;
 use crate::model::{self, DbpNet, DbpNetConfig, Heads, Layout, Sgd};
-use crate::proto::Assignment;
+use crate::proto::{Assignment, Doing, TrainerEvent};
 use crate::store::{Store, StoreOptions};
-use crate::types::{Rank, Step, WorldSize};
+use crate::types::{Backend, Rank, Step, WorldSize};
 
 /// Size of a gradient bucket. The network has 10 MB of gradients: several buckets, so that their
 /// communication hides behind the backward pass.
@@ -36,6 +36,8 @@ pub struct Trainer {
     pub(super) threads: u32,
     pub(super) seed: u64,
     pub(super) patch: (usize, usize),
+    pub(super) backend: Backend,
+    pub(super) device: Device,
     pub(super) step: Step,
     pub(super) total: Step,
     pub(super) record_every: u64,
@@ -74,8 +76,9 @@ impl Trainer {
         let dataset = Dataset::open(Arc::new(store))?;
         let checkpoint = runtime.block_on(load_latest(&run))?;
 
+        let device = device::open(assignment.backend, config.train.precision)?;
         let classes = dataset.manifest().classes.len() as i64;
-        let net = DbpNet::new(network(&config, classes), Device::Cpu, config.train.seed)?;
+        let net = DbpNet::new(network(&config, classes), device, config.train.seed)?;
         let train = &config.train;
         let mut sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
         let mut history = RunHistory::default();
@@ -96,7 +99,7 @@ impl Trainer {
             Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
             _ => None,
         };
-        let (gradients, side) = groups(assignment, &config)?;
+        let (gradients, ranks) = groups(assignment, &config, device)?;
         let patch = config.patch_size as usize;
         Ok(Self {
             rank: assignment.rank,
@@ -104,6 +107,8 @@ impl Trainer {
             threads: assignment.threads,
             seed: config.train.seed,
             patch: (patch, patch),
+            backend: assignment.backend,
+            device,
             step,
             total,
             record_every: (total.0 / RECORDS_MAX).max(1),
@@ -117,7 +122,7 @@ impl Trainer {
             summary: None,
             run,
             writer,
-            ranks: Ranks(side),
+            ranks,
             gradients,
             reducer: None,
             reduced: None,
@@ -155,7 +160,8 @@ impl Trainer {
     /// Waits until every checkpoint is committed, and tells the agent of them.
     pub(super) fn flush(&self) -> Result<(), TrainerError> {
         if let Some(writer) = &self.writer {
-            for outcome in writer.flush()? {
+            let busy = TrainerEvent::Busy { step: self.step, doing: Doing::Saving };
+            for outcome in writer.flush(|| super::emit(&busy))? {
                 tracing::info!(?outcome, "checkpoint");
             }
         }
@@ -235,23 +241,32 @@ fn start_writer(
     Ok(Writer::start(runtime.handle().clone(), run.clone(), options)?)
 }
 
-/// The gradients' group and the side group; none for one rank.
+/// The gradients' group, and those for everything else; none for one rank.
 fn groups(
     a: &Assignment,
     config: &RunConfig,
-) -> Result<(Option<ProcessGroup>, Option<ProcessGroup>), TrainerError> {
+    device: Device,
+) -> Result<(Option<ProcessGroup>, Ranks), TrainerError> {
     if a.world.0 == 1 {
-        return Ok((None, None));
+        return Ok((None, Ranks::default()));
     }
-    let group = |purpose: &str| {
-        ProcessGroup::gloo(&Rendezvous {
-            store_addr: a.kv_address,
-            prefix: format!("{}/generation-{}/{purpose}", a.epoch, a.generation),
-            rank: a.rank,
-            world: a.world,
-            timeout: Duration::from_secs(config.recovery.collective_timeout_s),
-            interface: a.interface,
-        })
+    let meet = |purpose: &str| Rendezvous {
+        store_addr: a.kv_address,
+        prefix: format!("{}/generation-{}/{purpose}", a.epoch, a.generation),
+        rank: a.rank,
+        world: a.world,
+        timeout: Duration::from_secs(config.recovery.collective_timeout_s),
+        interface: a.interface,
     };
-    Ok((Some(group("gradients")?), Some(group("side")?)))
+    let on_device = |purpose: &str| match a.backend {
+        Backend::Gloo => ProcessGroup::gloo(&meet(purpose)),
+        Backend::Nccl => ProcessGroup::nccl(&meet(purpose), device),
+    };
+    let gradients = on_device("gradients")?;
+    let host = Some(ProcessGroup::gloo(&meet("side"))?);
+    let device = match a.backend {
+        Backend::Gloo => None,
+        Backend::Nccl => Some(on_device("side-device")?),
+    };
+    Ok((Some(gradients), Ranks { host, device }))
 }

@@ -14,8 +14,7 @@ use crate::eval::{
     evaluate_volume, overlay, segment_volume,
 };
 use crate::model::{DbpNet, ModelError};
-use crate::proto::TrainerEvent;
-use crate::types::Rank;
+use crate::proto::{Doing, TrainerEvent};
 
 /// Slices of a volume that go through the network together.
 const BATCH: usize = 8;
@@ -37,9 +36,10 @@ impl Segmenter for Network<'_> {
         w: usize,
     ) -> Result<Vec<u8>, ModelError> {
         let x = Tensor::f_from_slice(slices)?.f_view([n as i64, 1, h as i64, w as i64])?;
+        let x = x.f_to_device(self.0.params().device())?;
         let classes = self.0.forward_eval(&x)?.f_argmax(1, false)?;
-        let classes = classes.f_to_kind(tch::Kind::Uint8)?.f_contiguous()?.f_view([-1])?;
-        Ok(Vec::<u8>::try_from(&classes)?)
+        let classes = classes.f_to_kind(tch::Kind::Uint8)?.f_to_device(tch::Device::Cpu)?;
+        Ok(Vec::<u8>::try_from(&classes.f_contiguous()?.f_view([-1])?)?)
     }
 }
 
@@ -65,10 +65,8 @@ pub fn class_names(t: &Trainer) -> Vec<String> {
 /// Scores every validation volume, each on one rank; every rank ends with the same summary.
 pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
     // The running statistics that count are rank 0's (per-rank batch norm).
-    if let Some(group) = &t.gradients {
-        for (_, buffer) in t.net.params().buffers() {
-            group.broadcast(buffer, Rank(0))?;
-        }
+    for (_, buffer) in t.net.params().buffers() {
+        t.ranks.copy_from_first(buffer)?;
     }
     let settings = settings(t);
     let mut mine: Vec<CaseScores> = Vec::new();
@@ -81,6 +79,7 @@ pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
         let scores = evaluate_volume(&mut Network(&t.net), seen(&volume, label), &settings, zoom())
             .map_err(|e| TrainerError::Report(e.to_string()))?;
         mine.push(scores);
+        emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
     }
     let bytes = serde_json::to_vec(&mine).map_err(|e| TrainerError::Report(e.to_string()))?;
     let mut parts: Vec<Vec<CaseScores>> = Vec::new();
@@ -92,7 +91,8 @@ pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
         Summary::of(parts, &names, &settings).map_err(|e| TrainerError::Report(e.to_string()))?;
     let dice: Vec<f64> = summary.classes.iter().map(|c| c.means.dice.unwrap_or(f64::NAN)).collect();
     let mean_dice = summary.mean.dice.unwrap_or(f64::NAN);
-    let class_dice: BTreeMap<String, f64> = names.into_iter().zip(dice.iter().copied()).collect();
+    let dice: Vec<(String, f64)> = names.into_iter().zip(dice).collect();
+    let class_dice: BTreeMap<String, f64> = dice.iter().cloned().collect();
     t.history.push(Record::Validation(ValidationRecord { step: t.step.0, mean_dice, class_dice }));
     if t.rank.0 == 0 {
         emit(&TrainerEvent::Validation { step: t.step, dice, mean_dice });

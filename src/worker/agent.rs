@@ -11,7 +11,7 @@ use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
 use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, TrainerOrder};
-use crate::types::{Generation, NodeId, Rank, WorldSize};
+use crate::types::{Backend, Generation, NodeId, Rank, WorldSize};
 
 /// How often an agent gives a sign of life.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -31,6 +31,8 @@ pub struct AgentOptions {
     pub run: String,
     /// CPU threads for the trainer.
     pub threads: u32,
+    /// GPUs that the trainer could use.
+    pub gpus: u32,
     /// How the trainer is started.
     pub child: ChildOptions,
     /// How long a coordinator may be out of reach before the agent gives up (75).
@@ -74,6 +76,7 @@ pub async fn run_agent(
             node: options.node.0,
             incarnation: incarnation.clone(),
             kv_address: kv.local_addr().to_string(),
+            gpus: options.gpus,
         };
         match session(options, client, hello, interface, &mut stopping, &mut stop).await {
             Ended::Run(status) => return Ok(status),
@@ -217,6 +220,7 @@ fn start_trainer(
         epoch: start.epoch,
         rank: Rank(start.rank),
         world: WorldSize(start.world),
+        backend: if start.nccl { Backend::Nccl } else { Backend::Gloo },
         kv_address,
         interface,
         run: options.run.clone(),

@@ -13,6 +13,17 @@ use crate::types::Generation;
 /// The environment variable by which a child learns whose death it must follow.
 pub const PARENT_VARIABLE: &str = "CPCR_PARENT_PID";
 
+/// What a trainer's environment holds so that failures of its groups come back as errors instead of
+/// tearing the process down; torch reads it when a group is made.
+const GROUP_ENVIRONMENT: [(&str, &str); 3] = [
+    // Clean up and report; don't end the process.
+    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2"),
+    // The heartbeat monitor would end the process when an abort hangs; the agent does that.
+    ("TORCH_NCCL_ENABLE_MONITORING", "0"),
+    // The flight recorder looks its groups up without a lock, and we have several.
+    ("TORCH_FR_BUFFER_SIZE", "0"),
+];
+
 /// How a trainer is started.
 #[derive(Debug, Clone)]
 pub struct ChildOptions {
@@ -58,6 +69,7 @@ impl TrainerChild {
             .arg("--assignment")
             .arg(text)
             .env(PARENT_VARIABLE, std::process::id().to_string())
+            .envs(GROUP_ENVIRONMENT)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)

@@ -1,24 +1,16 @@
 //! NCCL groups, from a shared object that is opened only where there is a GPU.
 //!
-//! The main binary stays free of CUDA: `libtorch_cuda.so` and `libcpcr_nccl.so` are opened at
-//! run time, in this order, before anything asks torch about CUDA (an earlier question would
-//! cache "no CUDA library").
+//! The main binary stays free of CUDA: `libtorch_cuda.so` ([`cuda`]) and `libcpcr_nccl.so` are
+//! opened at run time, in this order.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 use std::time::Duration;
 use std::{env, ptr};
 
 use super::{BridgeError, Failure, Group, RawGroup, RawStore, Store, millis, non_null};
+use crate::bridge::cuda;
 
-unsafe extern "C" {
-    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
-    fn dlsym(library: *mut c_void, symbol: *const c_char) -> *mut c_void;
-    fn dlerror() -> *const c_char;
-}
-
-const RTLD_NOW: c_int = 2;
-const RTLD_GLOBAL: c_int = 0x100;
 /// Longest message of a failed start.
 const MESSAGE_BYTES: usize = 4096;
 
@@ -52,9 +44,7 @@ impl NcclLibrary {
     }
 
     fn load() -> Result<Self, BridgeError> {
-        // Without a driver libtorch_cuda opens, but nothing works.
-        open("libcuda.so.1")?;
-        open("libtorch_cuda.so")?;
+        cuda::open()?;
         let name = "libcpcr_nccl.so";
         let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
         let path = match (env::var("CPCR_NCCL_LIBRARY"), beside) {
@@ -62,41 +52,15 @@ impl NcclLibrary {
             (Err(_), Some(path)) if path.exists() => path.to_string_lossy().into_owned(),
             _ => name.to_owned(),
         };
-        let library = open(&path)?;
-        // SAFETY: `library` is open for good, the symbol's name ends in a zero byte.
-        let symbol = unsafe { dlsym(library, c"cpcr_nccl_new".as_ptr()) };
-        if symbol.is_null() {
-            return Err(failed(format!("{path} has no cpcr_nccl_new")));
-        }
+        let Some(symbol) = cuda::open_library(&path)?.symbol(c"cpcr_nccl_new") else {
+            let message = format!("{path} has no cpcr_nccl_new");
+            return Err(BridgeError { failure: Failure::Generic, message });
+        };
         // SAFETY: the object is built from this repository's source, whose function of this name
         // has this type; it stays loaded for the life of the process.
         let new = unsafe { std::mem::transmute::<*mut c_void, New>(symbol) };
         Ok(Self { new })
     }
-}
-
-fn failed(message: String) -> BridgeError {
-    BridgeError { failure: Failure::Generic, message }
-}
-
-fn open(path: &str) -> Result<*mut c_void, BridgeError> {
-    let name = CString::new(path).map_err(|_| failed(format!("a zero byte in {path:?}")))?;
-    // SAFETY: the name outlives the call. Running the library's initialisers is what is asked for.
-    let library = unsafe { dlopen(name.as_ptr(), RTLD_NOW | RTLD_GLOBAL) };
-    if !library.is_null() {
-        return Ok(library);
-    }
-    // SAFETY: after a failed dlopen on this thread dlerror gives a string, valid until the
-    // thread's next dl call; null is checked.
-    let message = unsafe {
-        let message = dlerror();
-        if message.is_null() {
-            format!("open {path}")
-        } else {
-            CStr::from_ptr(message).to_string_lossy().into_owned()
-        }
-    };
-    Err(failed(message))
 }
 
 impl Group {

@@ -1,0 +1,128 @@
+//! A run's folder, before its first process starts: resolved, probed, and given its configuration.
+//!
+//! Whoever starts a run does this once: the launcher on one machine, the coordinator on a cluster.
+//! Trainers then read `RUN/config.toml` and nothing else.
+
+use clap::ValueEnum;
+
+use super::Failure;
+use crate::config::{self, ConfigSource, RunConfig};
+use crate::store::{Store, StoreOptions};
+use crate::types::Backend;
+
+/// What to do with a run that has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Resume {
+    /// Go on from its newest checkpoint.
+    Auto,
+    /// Refuse it.
+    Never,
+}
+
+/// Which collectives, as the user asks for them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackendArgument {
+    /// NCCL if every trainer has a GPU of its own, else Gloo.
+    Auto,
+    /// Gloo, on CPUs.
+    Gloo,
+    /// NCCL, on GPUs.
+    Nccl,
+}
+
+impl BackendArgument {
+    /// The backend that was asked for; none leaves it to the coordinator.
+    #[must_use]
+    pub fn chosen(self) -> Option<Backend> {
+        match self {
+            Self::Auto => None,
+            Self::Gloo => Some(Backend::Gloo),
+            Self::Nccl => Some(Backend::Nccl),
+        }
+    }
+}
+
+/// A path becomes absolute, so that every process means the same folder; URLs stay.
+#[must_use]
+pub fn absolute(url: &str) -> String {
+    if url.contains("://") {
+        return url.to_owned();
+    }
+    std::path::absolute(url).map_or_else(|_| url.to_owned(), |path| path.display().to_string())
+}
+
+/// The run's own configuration, as [`prepare`] left it.
+///
+/// # Errors
+/// [`Failure`] where there is none or it cannot be read.
+pub async fn configuration(run: &str, options: &StoreOptions) -> Result<RunConfig, Failure> {
+    let store = Store::open(run, &options.clone().existing()).map_err(Failure::usage)?;
+    read(&store).await?.ok_or_else(|| {
+        Failure::usage(format!(
+            "{run} has no config.toml: start the run with --config, or by cpcr-launch"
+        ))
+    })
+}
+
+async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
+    if !store.exists("config.toml").await.map_err(Failure::failed)? {
+        return Ok(None);
+    }
+    let text = store.get("config.toml").await.map_err(Failure::failed)?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    config::load(&ConfigSource::Text(text), &[]).map(Some).map_err(Failure::usage)
+}
+
+/// Checks that the dataset is there, probes the run's store, sees that a run which has begun is
+/// the same one, then writes its configuration. Nothing is made before the checks have passed.
+///
+/// # Errors
+/// [`Failure`] with status 2 for what the user must mend.
+pub async fn prepare(
+    mut config: RunConfig,
+    run: &str,
+    nodes: u32,
+    resume: Resume,
+    options: &StoreOptions,
+) -> Result<RunConfig, Failure> {
+    let batch = &mut config.batch;
+    if batch.per_worker {
+        batch.labelled *= nodes;
+        batch.unlabelled *= nodes;
+        batch.per_worker = false;
+    }
+    let global = batch.labelled + batch.unlabelled;
+    if nodes > global {
+        return Err(Failure::usage(format!(
+            "--nodes {nodes}: more workers than the {global} samples of a batch"
+        )));
+    }
+    let Some(data) = &config.data.url else {
+        return Err(Failure::usage(
+            "no dataset: give --data URL (make one with `cpcr data import` or `cpcr data synth`)",
+        ));
+    };
+    let dataset = Store::open(data, &options.clone().existing()).map_err(Failure::usage)?;
+    if !dataset.exists("manifest.json").await.map_err(Failure::usage)? {
+        return Err(Failure::usage(format!("{data} is no dataset: it has no manifest.json")));
+    }
+    let store = Store::open(run, options).map_err(Failure::usage)?;
+    store.probe().await.map_err(Failure::usage)?;
+    if let Some(earlier) = read(&store).await?
+        && !store.list("checkpoints").await.map_err(Failure::failed)?.is_empty()
+    {
+        if resume == Resume::Never {
+            return Err(Failure::usage(format!("{run} holds a run already (--resume never)")));
+        }
+        let differences = config.differences(&earlier);
+        if !differences.is_empty() {
+            return Err(Failure::usage(format!(
+                "{run} holds a run with other settings: {}; use another --run",
+                differences.join("; ")
+            )));
+        }
+    }
+    let text = toml::to_string(&config).map_err(Failure::failed)?;
+    store.put("config.toml", text.into()).await.map_err(Failure::failed)?;
+    Ok(config)
+}

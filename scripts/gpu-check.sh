@@ -23,6 +23,7 @@ pack() { # the test binaries, stripped, and the engine
     for binary in target/release/cpcr target/release/cpcr-launch target/release/cpcr-engine; do
         [ ! -x "$binary" ] || strip -o "$carried/${binary##*/}" "$binary"
     done
+    scripts/build-nccl.sh "$carried/libcpcr_nccl.so"
     du -sh "$carried" >&2
 }
 
@@ -51,6 +52,8 @@ export LD_LIBRARY_PATH=$path${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} LIBTORCH=$torc
 export CPCR_EXPECT_GPU=1
 # As .cargo/config.toml has it for tests.
 export TORCH_FR_BUFFER_SIZE=0
+# The path that the tests were compiled with may not exist here.
+export CPCR_GOLDEN_DIR=$repo/tests/golden
 
 echo "torch $version at $torch"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv
@@ -60,6 +63,10 @@ for binary in "$carried"/*.test; do
     echo "== ${binary##*/}"
     if (cd "$repo" && timeout 300 "$binary" --test-threads 2 "$@"); then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 done
-if [ -x "$carried/cpcr" ]; then "$carried/cpcr" doctor || true; fi
+if [ -x "$carried/cpcr" ]; then
+    "$carried/cpcr" doctor || true
+    # A whole run of one trainer on the GPU, over NCCL, through the embedded S3 server.
+    if "$carried/cpcr-launch" --nodes 1 --backend nccl --run "$out/demo"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+fi
 echo "gpu-check: $passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -2,14 +2,15 @@
 //!
 //! The files lie in `tests/golden/`, or where `CPCR_GOLDEN_DIR` says; sizes and widths are read
 //! from the tensors. Tolerance: max|a - b| <= tol * max|b|, 1e-5 for losses and forwards, 1e-4
-//! for gradients (maximum over all gradients of the file) and weights after three steps.
+//! for gradients (maximum over all gradients of the file) and weights after three steps. Networks and
+//! losses are checked on the CPU, and on a GPU where libtorch can use one.
 // Helpers of tests fail like tests.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use cpcr::bridge::ops;
+use cpcr::bridge::{cuda, ops};
 use cpcr::loss::{Alone, Counts, Objective, Path, StepLoss, TermWeights, focal, rampup::RampUp};
 use cpcr::model::{
     DbpNet, DbpNetConfig, DecoderDraws, Draws, Dropout, Heads, HostTensor, Layout, Noise, Outputs,
@@ -18,11 +19,32 @@ use cpcr::model::{
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
+/// The CPU, and a GPU if there is one; `CPCR_EXPECT_GPU` makes its absence a failure.
+fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::Cpu];
+    if cuda::device_count() > 0 {
+        ops::allow_tf32(false).unwrap();
+        devices.push(Device::Cuda(0));
+    } else {
+        assert!(std::env::var_os("CPCR_EXPECT_GPU").is_none(), "a GPU is expected, none is usable");
+    }
+    devices
+}
+
+/// Every device with every memory order.
+fn places() -> Vec<(Device, Layout)> {
+    devices().into_iter().flat_map(|device| LAYOUTS.map(|layout| (device, layout))).collect()
+}
+
 type Golden = BTreeMap<String, Tensor>;
 
 const LAYOUTS: [Layout; 2] = [Layout::Planar, Layout::ChannelsLast];
 
 fn golden(file: &str) -> Golden {
+    golden_on(file, Device::Cpu)
+}
+
+fn golden_on(file: &str, device: Device) -> Golden {
     let folder = std::env::var_os("CPCR_GOLDEN_DIR").map_or_else(
         || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden"),
         PathBuf::from,
@@ -39,7 +61,7 @@ fn golden(file: &str) -> Golden {
             other => panic!("{name} is {other:?}"),
         };
         let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-        (name, Tensor::from_data_size(view.data(), &shape, kind))
+        (name, Tensor::from_data_size(view.data(), &shape, kind).to_device(device))
     };
     tensors.tensors().into_iter().map(one).collect()
 }
@@ -51,7 +73,8 @@ fn top(t: &Tensor) -> f64 {
 /// Fails where `ours` is further than `tol * scale` from `theirs`, or is not a number.
 fn near(what: &str, ours: &Tensor, theirs: &Tensor, tol: f64, scale: f64) {
     assert_eq!(ours.size(), theirs.size(), "{what}: shape");
-    let off = top(&(ours.to_kind(Kind::Double) - theirs.to_kind(Kind::Double)));
+    let [ours, theirs] = [ours, theirs].map(|t| t.to_device(Device::Cpu).to_kind(Kind::Double));
+    let off = top(&(ours - theirs));
     assert!(off <= tol * scale, "{what}: off by {off:e}, allowed {:e}", tol * scale);
 }
 
@@ -71,7 +94,7 @@ fn state(golden: &Golden, prefix: &str) -> Vec<HostTensor> {
     under
         .map(|(name, t)| {
             let mut bytes = vec![0; t.numel() * t.kind().elt_size_in_bytes()];
-            t.copy_data_u8(&mut bytes, t.numel());
+            t.to_device(Device::Cpu).copy_data_u8(&mut bytes, t.numel());
             HostTensor {
                 name: name.to_owned(),
                 dtype: if t.kind() == Kind::Int64 { "I64" } else { "F32" }.to_owned(),
@@ -94,19 +117,25 @@ fn network(golden: &Golden, prefix: &str, up: [UpMode; 2], layout: Layout) -> Db
     let in_channels = first[1];
     let config =
         DbpNetConfig { in_channels, classes, widths, up, layout, ..DbpNetConfig::default() };
-    let net = DbpNet::new(config, Device::Cpu, 0).unwrap();
+    let net = DbpNet::new(config, golden[&format!("{prefix}decoder1.out_conv.weight")].device(), 0)
+        .unwrap();
     net.params().load_host(&state(golden, prefix)).unwrap();
     net
 }
 
 fn check_forward(file: &str, up: [UpMode; 2]) {
-    let g = golden(file);
-    for layout in LAYOUTS {
+    for (device, layout) in places() {
+        let g = golden_on(file, device);
         let net = network(&g, "w.", up, layout);
         let all = net.forward_eval_all(&g["x"]).unwrap();
         assert_eq!(all.len(), 8);
         for (i, ours) in all.iter().enumerate() {
-            close(&format!("{file} out.{i} {layout:?}"), ours, &g[&format!("out.{i}")], 1e-5);
+            close(
+                &format!("{file} out.{i} {device:?} {layout:?}"),
+                ours,
+                &g[&format!("out.{i}")],
+                1e-5,
+            );
         }
         let main = net.forward_eval(&g["x"]).unwrap();
         close("decoder 1 alone", &main, &g["out.0"], 1e-5);
@@ -162,7 +191,11 @@ fn alone(samples: i64, labelled: i64) -> Counts {
 
 #[test]
 fn losses_and_their_gradients() {
-    let g = golden("loss_cpcr");
+    devices().into_iter().for_each(check_losses);
+}
+
+fn check_losses(device: Device) {
+    let g = golden_on("loss_cpcr", device);
     let samples = g["label"].size()[0];
     let labelled = samples / 2;
     let labels = g["label"].narrow(0, 0, labelled);
@@ -258,9 +291,9 @@ fn the_ramp_up() {
 
 #[test]
 fn three_training_steps() {
-    let g = golden("train3_cpcr");
-    let weights = TermWeights { kd_aux: g["consistency_weight"].double_value(&[]), ..WEIGHTS };
-    for layout in LAYOUTS {
+    for (device, layout) in places() {
+        let g = golden_on("train3_cpcr", device);
+        let weights = TermWeights { kd_aux: g["consistency_weight"].double_value(&[]), ..WEIGHTS };
         let net = network(&g, "w0.", [UpMode::Bilinear, UpMode::Transposed], layout);
         let names = net.trained(Heads::All);
         let mut sgd = Sgd::new(0.01, 0.9, 1e-4);
@@ -280,7 +313,7 @@ fn three_training_steps() {
             let counts = alone(samples, samples / 2);
             let loss = Objective::default().step(&out, &labels, &weights, &counts, &Alone).unwrap();
             for name in ["dice", "kd_main", "kd_aux", "entropy", "total"] {
-                let what = format!("step {step} {name} {layout:?}");
+                let what = format!("step {step} {name} {device:?} {layout:?}");
                 close_value(&what, term(&loss, name), &g[&format!("step{step}.{name}")], 1e-5);
             }
             let all: Vec<Tensor> =
@@ -320,6 +353,38 @@ fn check_gradients(g: &Golden, net: &DbpNet, names: &[String]) {
     for head in ["decoder1", "decoder2"] {
         let unused = net.params().get(&format!("{head}.out_conv_dp4.weight")).unwrap();
         assert!(!unused.grad().defined());
+    }
+}
+
+/// The golden files' networks are narrow; at the paper's widths the convolutions of our own come in,
+/// which planar tensors never meet.
+#[test]
+fn at_the_papers_widths_both_memory_orders_agree() {
+    tch::manual_seed(7);
+    let x = Tensor::rand([2, 1, 64, 64], (Kind::Float, Device::Cpu));
+    let labels = Tensor::randint(4, [1, 64, 64], (Kind::Uint8, Device::Cpu));
+    let run = |layout: Layout| {
+        let config = DbpNetConfig { layout, ..DbpNetConfig::default() };
+        let net = DbpNet::new(config, Device::Cpu, 3).unwrap();
+        let eval = net.forward_eval_all(&x).unwrap();
+        let draws = Draws { dropout: Dropout::Off, ..Draws::keyed(1, 2, 0) };
+        let out = net.forward_train(&x, &draws, Heads::All, None).unwrap();
+        let loss =
+            Objective::default().step(&out, &labels, &WEIGHTS, &alone(2, 1), &Alone).unwrap();
+        ops::backward(&loss.roots, &loss.grads).unwrap();
+        (net, eval, term(&loss, "total"))
+    };
+    let ((planar, eval, total), (ours, our_eval, our_total)) =
+        (run(Layout::Planar), run(Layout::ChannelsLast));
+    for (i, (a, b)) in our_eval.iter().zip(&eval).enumerate() {
+        close(&format!("out.{i}"), a, b, 1e-5);
+    }
+    assert!((our_total - total).abs() <= 1e-5 * total, "{our_total} and {total}");
+    let trained = planar.trained(Heads::All);
+    let grad = |net: &DbpNet, name: &str| net.params().get(name).unwrap().grad();
+    let scale = trained.iter().map(|name| top(&grad(&planar, name))).fold(0.0, f64::max);
+    for name in &trained {
+        near(name, &grad(&ours, name), &grad(&planar, name), 1e-4, scale);
     }
 }
 

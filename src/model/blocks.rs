@@ -256,6 +256,17 @@ impl ConvBlock {
         self.after(&self.conv[0].forward(x)?, mode)
     }
 
+    /// The network's first block: its first convolution works in float32 whatever the precision is.
+    /// It has too few channels to gain from bfloat16, and the image keeps its digits.
+    pub(super) fn forward_image(
+        &self,
+        x: &Tensor,
+        precision: Precision,
+        mode: &mut Mode,
+    ) -> Result<Tensor, ModelError> {
+        self.after(&self.conv[0].forward(x)?.f_to_kind(precision.kind())?, mode)
+    }
+
     /// Two inputs joined on channels: `[N, A, H, W]` and `[N, input - A, H, W] -> [N, output, H, W]`
     fn forward_pair(&self, inputs: [&Tensor; 2], mode: &mut Mode) -> Result<Tensor, ModelError> {
         self.after(&self.conv[0].forward_pair(inputs)?, mode)
@@ -356,13 +367,9 @@ fn copy_of(tensor: &Tensor) -> Result<Tensor, ModelError> {
     Ok(copy)
 }
 
-/// The input as the network wants it: its layout and type.
-pub(super) fn prepare(
-    x: &Tensor,
-    layout: Layout,
-    precision: Precision,
-) -> Result<Tensor, ModelError> {
-    let x = x.f_to_kind(precision.kind())?;
+/// The input as the network wants it: float32 in its layout.
+pub(super) fn prepare(x: &Tensor, layout: Layout) -> Result<Tensor, ModelError> {
+    let x = x.f_to_kind(Kind::Float)?;
     Ok(match layout {
         Layout::Planar => x,
         Layout::ChannelsLast => ops::channels_last(&x)?,

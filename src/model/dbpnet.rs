@@ -242,8 +242,14 @@ impl DbpNet {
     }
 
     /// `[N, in, H, W]` -> features at strides 1, 2, 4, 8, 16.
-    fn encode(&self, x: &Tensor, mode: &mut Mode) -> Result<[Tensor; 5], ModelError> {
-        let x0 = self.encoder[0].forward(x, mode)?;
+    fn encode(
+        &self,
+        x: &Tensor,
+        precision: Precision,
+        mode: &mut Mode,
+    ) -> Result<[Tensor; 5], ModelError> {
+        let x = prepare(x, self.config.layout)?;
+        let x0 = self.encoder[0].forward_image(&x, precision, mode)?;
         let x1 = self.encoder[1].forward(&pool(&x0)?, mode)?;
         let x2 = self.encoder[2].forward(&pool(&x1)?, mode)?;
         let x3 = self.encoder[3].forward(&pool(&x2)?, mode)?;
@@ -264,10 +270,9 @@ impl DbpNet {
         sync: Option<&Arc<dyn SumOverRanks>>,
     ) -> Result<Outputs, ModelError> {
         self.check(x)?;
-        let x = prepare(x, self.config.layout, self.config.precision)?;
         let mut training =
             Training { dropout: draws.dropout, sync, statistics: Statistics::default(), place: 0 };
-        let features = self.encode(&x, &mut Mode::Train(&mut training))?;
+        let features = self.encode(x, self.config.precision, &mut Mode::Train(&mut training))?;
         let d1 = self.decoders[0].train(&features, heads, &draws.decoders[0], &mut training)?;
         let d2 = self.decoders[1].train(&features, heads, &draws.decoders[1], &mut training)?;
         Ok(Outputs { d1, d2, statistics: training.statistics })
@@ -281,8 +286,7 @@ impl DbpNet {
     pub fn forward_eval(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.check(x)?;
         tch::no_grad(|| {
-            let x = prepare(x, self.config.layout, Precision::F32)?;
-            let features = self.encode(&x, &mut Mode::Eval)?;
+            let features = self.encode(x, Precision::F32, &mut Mode::Eval)?;
             let [.., d] = self.decoders[0].features(&features, &mut Mode::Eval)?;
             self.decoders[0].out.forward(&d)
         })
@@ -295,8 +299,7 @@ impl DbpNet {
     pub fn forward_eval_mean(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.check(x)?;
         tch::no_grad(|| {
-            let x = prepare(x, self.config.layout, Precision::F32)?;
-            let features = self.encode(&x, &mut Mode::Eval)?;
+            let features = self.encode(x, Precision::F32, &mut Mode::Eval)?;
             let probabilities = |decoder: &Decoder| -> Result<Tensor, ModelError> {
                 let [.., d] = decoder.features(&features, &mut Mode::Eval)?;
                 Ok(decoder.out.forward(&d)?.f_softmax(1, Kind::Float)?)
@@ -313,8 +316,7 @@ impl DbpNet {
     pub fn forward_eval_all(&self, x: &Tensor) -> Result<Vec<Tensor>, ModelError> {
         self.check(x)?;
         tch::no_grad(|| {
-            let x = prepare(x, self.config.layout, Precision::F32)?;
-            let features = self.encode(&x, &mut Mode::Eval)?;
+            let features = self.encode(x, Precision::F32, &mut Mode::Eval)?;
             let mut all = Vec::with_capacity(8);
             for decoder in &self.decoders {
                 all.extend(decoder.all(&features)?);

@@ -21,13 +21,13 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 use crate::bridge::ops;
-use crate::data::Batch;
+use crate::data::{Batch, DealSpec};
 use crate::eval::report::{Record, StepRecord};
 use crate::loss::{Counts, StepLoss, TERMS};
 use crate::model::{Draws, Heads};
 use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::telemetry::{Guard, Phase, StepTrace};
-use crate::types::Step;
+use crate::types::{Step, WorldSize};
 use orders::Orders;
 use ranks::Tail;
 use setup::Trainer;
@@ -53,7 +53,7 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
         let draws = Draws::keyed(t.seed, t.step.0, u64::from(t.rank.0));
         let outputs =
             trace.phase(Phase::Forward, || t.net.forward_train(&images, &draws, heads, None))?;
-        let counts = t.counts();
+        let counts = counts(t.loader.deal().spec(), t.world);
         let loss = trace.phase(Phase::Loss, || {
             t.objective.step(&outputs, &labels, &weights, &counts, &t.ranks)
         })?;
@@ -99,12 +99,15 @@ impl Trainer {
         statistics.commit()?;
         self.clear_gradients()
     }
+}
 
-    /// What all ranks have in a batch together.
-    fn counts(&self) -> Counts {
-        let batch = &self.config.batch;
-        let (labelled, unlabelled) = (u64::from(batch.labelled), u64::from(batch.unlabelled));
-        Counts { world: self.world.0, labelled, samples: labelled + unlabelled }
+/// What all ranks have in a batch together. The deal knows: there may be nothing unlabelled.
+fn counts(deal: &DealSpec, world: WorldSize) -> Counts {
+    let (labelled, unlabelled) = (deal.batch_labelled, deal.batch_unlabelled);
+    Counts {
+        world: world.0,
+        labelled: u64::from(labelled),
+        samples: u64::from(labelled) + u64::from(unlabelled),
     }
 }
 
@@ -163,4 +166,26 @@ fn report(
         }));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Deal;
+
+    /// Distillation and entropy are means over the samples there are.
+    #[test]
+    fn a_pool_without_unlabelled_samples_does_not_count_them() {
+        let spec = DealSpec {
+            seed: 1,
+            labelled: 0..10,
+            unlabelled: 10..10,
+            block_rows: 4,
+            batch_labelled: 4,
+            batch_unlabelled: 4,
+        };
+        let deal = Deal::new(spec).unwrap();
+        let counts = counts(deal.spec(), WorldSize(2));
+        assert_eq!((counts.labelled, counts.samples, counts.world), (4, 4, 2));
+    }
 }

@@ -273,12 +273,13 @@ mod tests {
             (64, 32),
             (16, 4),
             (64, 5),
+            (256, 32),
             (32, 2),
             (8, 8),
             (16, 6),
         ];
         for (inputs, outputs) in shapes {
-            for (h, w) in [(5, 37), (1, 16)] {
+            for (h, w) in [(5, 40), (5, 37), (1, 16)] {
                 tch::manual_seed(inputs * 100 + outputs);
                 let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
                 let x = channels_last(&random(&[3, inputs, h, w])).unwrap();
@@ -291,7 +292,7 @@ mod tests {
                     let off = (a.to_kind(Kind::Double) - b).abs().max().double_value(&[]);
                     let scale = b.abs().max().double_value(&[]);
                     assert!(
-                        off <= 2e-6 * scale,
+                        off <= 5e-6 * scale,
                         "{inputs} -> {outputs} at {h} x {w}: {what} off by {off:e} of {scale}"
                     );
                 }
@@ -304,9 +305,9 @@ mod tests {
         for (first, second, outputs) in [(16, 16, 16), (32, 32, 32), (16, 32, 64), (8, 8, 16)] {
             tch::manual_seed(outputs);
             let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
-            let inputs = [first, second].map(|c| channels_last(&random(&[2, c, 6, 37])).unwrap());
+            let inputs = [first, second].map(|c| channels_last(&random(&[2, c, 6, 40])).unwrap());
             let w = channels_last(&random(&[outputs, first + second, 3, 3])).unwrap();
-            let (b, g) = (random(&[outputs]), random(&[2, outputs, 6, 37]));
+            let (b, g) = (random(&[outputs]), random(&[2, outputs, 6, 40]));
             let run = |joined: bool, kind: Kind| {
                 let leaf = |t: &Tensor| t.to_kind(kind).detach().set_requires_grad(true);
                 let ([x1, x2], w, b) = (inputs.each_ref().map(leaf), leaf(&w), leaf(&b));
@@ -325,7 +326,7 @@ mod tests {
                 let off = (a.to_kind(Kind::Double) - b).abs().max().double_value(&[]);
                 let scale = b.abs().max().double_value(&[]);
                 assert!(
-                    off <= 2e-6 * scale,
+                    off <= 5e-6 * scale,
                     "{first} + {second} -> {outputs}: {i} off by {off:e} of {scale}"
                 );
             }

@@ -8,7 +8,12 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 output=${1:-target/release/libcpcr_nccl.so}
 
-scripts/setup.sh --quiet --nccl-headers
+# The set that is in force stays so, whatever this machine has.
+case "$(readlink -- .libtorch || true)" in
+    *-cuda/torch) scripts/setup.sh --quiet --cuda --nccl-headers ;;
+    *-cpu/torch) scripts/setup.sh --quiet --cpu --nccl-headers ;;
+    *) scripts/setup.sh --quiet --nccl-headers ;;
+esac
 libtorch=$(readlink -f -- "${LIBTORCH:-.libtorch}")
 includes=()
 for folder in "$libtorch"/../nvidia/*/include "$libtorch"/../nvidia/*/include/cccl; do

@@ -65,7 +65,8 @@ step NCCL object
 if [ -n "${LIBTORCH:-}" ]; then
     skipped+=("the NCCL object: LIBTORCH names a libtorch of your own, whose CUDA headers are not looked for")
 else
-    scripts/build-nccl.sh target/nccl/libcpcr_nccl.so
+    CPCR_NCCL_LIBRARY=$PWD/$(scripts/build-nccl.sh target/nccl/libcpcr_nccl.so)
+    export CPCR_NCCL_LIBRARY
 fi
 
 step tests

@@ -5,8 +5,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use cpcr::bench::step::{self, StepOptions};
 use cpcr::cli::{self, Failure};
-use cpcr::proto::{Assignment, EXIT_DONE, TrainerEvent};
+use cpcr::data::Split;
+use cpcr::eval::{DistanceUnit, EmptyPolicy, report};
+use cpcr::proto::{Assignment, EXIT_DONE};
 use cpcr::telemetry::Guard;
+use cpcr::trainer::{EvaluateOptions, Pick};
+use cpcr::types::Step;
 
 /// The part of cpcr that links libtorch; `cpcr` and its agents start it.
 #[derive(Debug, Parser)]
@@ -26,9 +30,54 @@ enum Command {
     },
     /// Prints how many GPUs libtorch can use.
     Devices,
+    /// Scores a checkpoint of a run on the volumes of a split.
+    Eval(Eval),
     /// Measurements that anybody can repeat.
     #[command(subcommand)]
     Bench(Bench),
+}
+
+#[derive(Debug, clap::Args)]
+struct Eval {
+    /// The run's folder.
+    #[arg(long, required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
+    run: Option<String>,
+    /// Which of the run's checkpoints: latest, best (by validation Dice), or a step's number.
+    #[arg(long, default_value = "latest", value_parser = pick, conflicts_with = "checkpoint")]
+    step: Pick,
+    /// One checkpoint: RUN/checkpoints/step-00001200.
+    #[arg(long)]
+    checkpoint: Option<String>,
+    /// The dataset; default: the run's own.
+    #[arg(long)]
+    data: Option<String>,
+    /// Which volumes.
+    #[arg(long, default_value = "val", value_parser = ["val", "test"])]
+    split: String,
+    /// Distances in voxels, as the literature has them, or in millimetres.
+    #[arg(long, default_value = "voxel", value_parser = ["voxel", "mm"])]
+    spacing: String,
+    /// What an empty mask is worth; how many there are is in every result.
+    #[arg(long, default_value = "zero", value_parser = ["zero", "exclude", "penalise", "refuse"])]
+    empty: String,
+    /// Where the scores go: FILE.json, or FILE.csv.
+    #[arg(long)]
+    out: Option<std::path::PathBuf>,
+    /// The scores as JSON on stdout instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// `latest`, `best` or a step.
+fn pick(text: &str) -> Result<Pick, String> {
+    match text {
+        "latest" => Ok(Pick::Latest),
+        "best" => Ok(Pick::Best),
+        step => step
+            .parse()
+            .map(|step| Pick::At(Step(step)))
+            .map_err(|_| "latest, best or a step's number is wanted".to_owned()),
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -72,9 +121,10 @@ fn main() -> ExitCode {
     match arguments.command {
         Command::Trainer { assignment } => train(&assignment, &telemetry),
         Command::Devices => {
-            println!("{}", cpcr::bridge::cuda::device_count());
+            println!("{}", cpcr::collective::usable_gpus());
             ExitCode::SUCCESS
         }
+        Command::Eval(eval) => cli::finish(score(eval)),
         Command::Bench(bench) => cli::finish(measure(bench)),
     }
 }
@@ -82,12 +132,56 @@ fn main() -> ExitCode {
 fn train(assignment: &str, telemetry: &Guard) -> ExitCode {
     let result = serde_json::from_str::<Assignment>(assignment).map_err(Failure::usage);
     cli::finish(result.and_then(|assignment| {
-        cpcr::trainer::run(&assignment, telemetry).map_err(|error| {
-            let (text, curable) = (error.to_string(), error.is_curable());
-            cpcr::trainer::emit(&TrainerEvent::Failed { text, curable });
-            Failure { message: error.to_string(), status: error.exit_status() }
-        })
+        cpcr::trainer::run(&assignment, telemetry)
+            .map_err(|error| Failure { message: error.to_string(), status: error.exit_status() })
     }))
+}
+
+fn score(eval: Eval) -> Result<i32, Failure> {
+    let (run, pick) = match (eval.run, &eval.checkpoint) {
+        (Some(run), _) => (run, eval.step),
+        (None, checkpoint) => {
+            let url = checkpoint.as_deref().unwrap_or_default().trim_end_matches('/');
+            let parts = url.rsplit_once("/checkpoints/step-");
+            let (run, step) = parts
+                .and_then(|(run, step)| Some((run.to_owned(), step.parse().ok()?)))
+                .ok_or_else(|| {
+                    Failure::usage(format!("--checkpoint {url}: RUN/checkpoints/step-N is wanted"))
+                })?;
+            (run, Pick::At(Step(step)))
+        }
+    };
+    let options = EvaluateOptions {
+        run,
+        pick,
+        data: eval.data,
+        split: if eval.split == "test" { Split::Test } else { Split::Val },
+        unit: if eval.spacing == "mm" { DistanceUnit::Mm } else { DistanceUnit::Voxel },
+        policy: match eval.empty.as_str() {
+            "exclude" => EmptyPolicy::Exclude,
+            "penalise" => EmptyPolicy::Penalise,
+            "refuse" => EmptyPolicy::Refuse,
+            _ => EmptyPolicy::Zero,
+        },
+    };
+    let found = cpcr::trainer::evaluate(&options)
+        .map_err(|error| Failure { message: error.to_string(), status: error.exit_status() })?;
+    let json = serde_json::json!({
+        "run": options.run, "step": found.step, "split": eval.split, "summary": found.summary,
+    });
+    if let Some(path) = &eval.out {
+        let is_csv = path.extension().is_some_and(|extension| extension == "csv");
+        let text = if is_csv { report::csv(&found.summary) } else { format!("{json:#}\n") };
+        std::fs::write(path, text)
+            .map_err(|error| Failure::failed(format!("write {}: {error}", path.display())))?;
+    }
+    if eval.json {
+        println!("{json}");
+    } else {
+        println!("step {} of {}, {} split", found.step, options.run, eval.split);
+        print!("{}", report::text_table(&found.summary));
+    }
+    Ok(EXIT_DONE)
 }
 
 fn measure(bench: Bench) -> Result<i32, Failure> {

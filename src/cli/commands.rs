@@ -22,8 +22,9 @@ use crate::worker::{AgentOptions, ChildOptions, run_agent};
 
 /// Longest silence of trainers that start: a checkpoint comes from far away.
 const START: Duration = Duration::from_secs(180);
-/// Longest silence of trainers that have begun, unless their steps are slow.
-const PROGRESS: Duration = Duration::from_secs(25);
+/// Longest silence of trainers that have begun, unless their steps are slow: more than the outage of a
+/// store that they ride out (a minute, and the request in flight).
+const PROGRESS: Duration = Duration::from_secs(100);
 
 /// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
 #[derive(Debug, Parser)]
@@ -56,6 +57,13 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Scores a checkpoint of a run on the volumes of a split.
+    #[command(disable_help_flag = true)]
+    Eval {
+        /// Handed to cpcr-engine.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// Measures: `bench step`.
     #[command(disable_help_flag = true)]
     Bench {
@@ -71,7 +79,7 @@ struct CoordinatorArguments {
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
     /// How many workers the run needs.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
     nodes: u32,
     /// The run's folder.
     #[arg(long)]
@@ -213,6 +221,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Data(command) => dataset(command).await,
         Command::Checkpoints(command) => checkpoints(command).await,
         Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
+        Command::Eval { rest } => engine("eval", &rest),
         Command::Bench { rest } => engine("bench", &rest),
     }
 }
@@ -229,7 +238,7 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         Some(name) => {
             let mut config =
                 config::load(&ConfigSource::Named(name), &a.set).map_err(Failure::usage)?;
-            config.data.url = a.data.or(config.data.url);
+            config.data.url = a.data.as_deref().map(run::absolute).or(config.data.url);
             run::prepare(config, &a.run, a.nodes, a.resume, &options).await?
         }
     };

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use super::Failure;
 use crate::config::{self, ConfigSource, RunConfig};
-use crate::store::{Store, StoreOptions};
+use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::Backend;
 
 /// What to do with a run that has begun.
@@ -73,6 +73,14 @@ async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
     config::load(&ConfigSource::Text(text), &[]).map(Some).map_err(Failure::usage)
 }
 
+/// A store that does not answer may do so later (1: a cluster tries again); all else is to be mended (2).
+fn unavailable(error: StoreError) -> Failure {
+    match error {
+        StoreError::Unreachable { .. } => Failure::failed(error),
+        error => Failure::usage(error),
+    }
+}
+
 /// Checks that the dataset is there, probes the run's store, sees that a run which has begun is
 /// the same one, then writes its configuration. Nothing is made before the checks have passed.
 ///
@@ -87,11 +95,11 @@ pub async fn prepare(
 ) -> Result<RunConfig, Failure> {
     let batch = &mut config.batch;
     if batch.per_worker {
-        batch.labelled *= nodes;
-        batch.unlabelled *= nodes;
+        batch.labelled = batch.labelled.saturating_mul(nodes);
+        batch.unlabelled = batch.unlabelled.saturating_mul(nodes);
         batch.per_worker = false;
     }
-    let global = batch.labelled + batch.unlabelled;
+    let global = batch.labelled.saturating_add(batch.unlabelled);
     if nodes > global {
         return Err(Failure::usage(format!(
             "--nodes {nodes}: more workers than the {global} samples of a batch"
@@ -103,11 +111,11 @@ pub async fn prepare(
         ));
     };
     let dataset = Store::open(data, &options.clone().existing()).map_err(Failure::usage)?;
-    if !dataset.exists("manifest.json").await.map_err(Failure::usage)? {
+    if !dataset.exists("manifest.json").await.map_err(unavailable)? {
         return Err(Failure::usage(format!("{data} is no dataset: it has no manifest.json")));
     }
     let store = Store::open(run, options).map_err(Failure::usage)?;
-    store.probe().await.map_err(Failure::usage)?;
+    store.probe().await.map_err(unavailable)?;
     if let Some(earlier) = read(&store).await?
         && !store.list("checkpoints").await.map_err(Failure::failed)?.is_empty()
     {

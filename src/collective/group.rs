@@ -8,6 +8,7 @@ use tch::{Device, Tensor};
 
 use super::error::CollectiveError;
 use crate::bridge::c10d::{self, ReduceOp};
+use crate::bridge::cuda;
 use crate::kv::KvClient;
 use crate::types::{Rank, WorldSize};
 
@@ -219,6 +220,19 @@ impl ProcessGroup {
 
     fn work(&self, work: c10d::Work) -> Work {
         Work { work, _group: self.inner.clone() }
+    }
+}
+
+/// How many GPUs trainers of this machine can use: those that libtorch sees, if NCCL can be had.
+#[must_use]
+pub fn usable_gpus() -> u32 {
+    let count = cuda::device_count();
+    match c10d::NcclLibrary::open() {
+        Err(error) if count > 0 => {
+            tracing::warn!("{count} GPUs stay unused: {} (scripts/build-nccl.sh)", error.message);
+            0
+        }
+        _ => count,
     }
 }
 

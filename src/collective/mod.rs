@@ -14,5 +14,5 @@ mod store;
 
 pub use crate::bridge::c10d::ReduceOp;
 pub use error::CollectiveError;
-pub use group::{ProcessGroup, Rendezvous, Work};
+pub use group::{ProcessGroup, Rendezvous, Work, usable_gpus};
 pub use reducer::Reducer;

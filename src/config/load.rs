@@ -22,7 +22,7 @@ pub enum ConfigSource {
     Defaults,
     /// `--config`: a preset's name or a file's path, as typed.
     Named(String),
-    /// A TOML text that is already in memory (a run's own `config.toml`).
+    /// A TOML text that is already in memory (a run's own `config.toml`): no environment on top.
     Text(String),
 }
 
@@ -43,7 +43,10 @@ pub fn load(source: &ConfigSource, set: &[String]) -> Result<RunConfig, ConfigEr
         ConfigSource::Text(text) => figment.merge(Toml::string(text)),
         ConfigSource::Named(name) => figment.merge(Toml::string(&named(name)?)),
     };
-    figment = figment.merge(Env::prefixed("CPCR__").split("__"));
+    // A run's own configuration is complete: a variable of one host must not make that rank another.
+    if !matches!(source, ConfigSource::Text(_)) {
+        figment = figment.merge(Env::prefixed("CPCR__").split("__"));
+    }
     for pair in set {
         figment = figment.merge(Toml::string(&assignment(pair)?));
     }

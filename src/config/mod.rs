@@ -14,6 +14,8 @@ pub use sections::{
     Validate,
 };
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -121,10 +123,16 @@ impl RunConfig {
                 "every width at least 1",
             );
         }
-        if self.model.dropout.iter().any(|p| !(0.0..1.0).contains(p)) {
+        if self
+            .model
+            .dropout
+            .iter()
+            .chain([&self.model.aux_dropout])
+            .any(|p| !(0.0..1.0).contains(p))
+        {
             return fail(
-                "model.dropout",
-                format!("{:?}", self.model.dropout),
+                "model.dropout, model.aux_dropout",
+                format!("{:?}, {}", self.model.dropout, self.model.aux_dropout),
                 "probabilities in [0, 1)",
             );
         }
@@ -162,41 +170,58 @@ impl RunConfig {
 
     /// SHA-256 over what a resumed run may not change: method, model, seed, batch, data, loss.
     ///
-    /// Nodes, iterations, loader, validation, retention and recovery may change (DESIGN).
+    /// Only what differs from the defaults is hashed, so that a key which a later release adds, with
+    /// the old behaviour as its default, makes no old run a stranger.
     #[must_use]
     pub fn identity(&self) -> String {
-        hex::encode(Sha256::digest(self.identity_text().as_bytes()))
+        let defaults = Self::default().fixed();
+        let own: Vec<String> = self
+            .fixed()
+            .into_iter()
+            .filter(|(key, value)| defaults.get(key) != Some(value))
+            .map(|(key, value)| format!("{key} = {value}\n"))
+            .collect();
+        hex::encode(Sha256::digest(own.concat().as_bytes()))
     }
 
-    /// The text that [`Self::identity`] hashes; two of them compared line by line tell what changed.
-    #[must_use]
-    pub fn identity_text(&self) -> String {
-        format!(
-            "method = {:?}\npatch_size = {}\nmodel = {:?}\ndata.labelled = {}\nbatch = {:?}\nloss = {:?}\n\
-             train.seed = {}\ntrain.lr = {}\ntrain.momentum = {}\ntrain.weight_decay = {}\ntrain.precision = {:?}\n",
-            self.method,
-            self.patch_size,
-            self.model,
-            self.data.labelled,
-            self.batch,
-            self.loss,
-            self.train.seed,
-            self.train.lr,
-            self.train.momentum,
-            self.train.weight_decay,
-            self.train.precision,
-        )
+    /// The keys that a resumed run may not change, with their values.
+    fn fixed(&self) -> BTreeMap<String, String> {
+        let mut keys = BTreeMap::new();
+        // Every configuration came from TOML or can go there: `cpcr-launch` writes it so.
+        if let Ok(toml::Value::Table(table)) = toml::Value::try_from(self) {
+            flatten("", &table, &mut keys);
+        }
+        keys.retain(|key, _| !CHANGEABLE.iter().any(|prefix| key.starts_with(prefix)));
+        keys
     }
 
-    /// The lines in which `self` and `earlier` differ in what may not change.
+    /// What differs between `self` and `earlier` in what may not change, a line for each key.
     #[must_use]
     pub fn differences(&self, earlier: &Self) -> Vec<String> {
-        let (now, before) = (self.identity_text(), earlier.identity_text());
-        now.lines()
-            .zip(before.lines())
-            .filter(|(a, b)| a != b)
-            .map(|(a, b)| format!("{b}  ->  {a}"))
+        let (now, before) = (self.fixed(), earlier.fixed());
+        now.iter()
+            .filter(|(key, value)| before.get(*key) != Some(value))
+            .map(|(key, value)| {
+                let old = before.get(key).map_or("none", String::as_str);
+                format!("{key} = {old}  ->  {value}")
+            })
             .collect()
+    }
+}
+
+/// Keys, or the beginnings of keys, that a resumed run may change (DESIGN, "A run in the bucket").
+const CHANGEABLE: [&str; 7] =
+    ["name", "data.url", "train.iterations", "validate.", "checkpoint.", "loader.", "recovery."];
+
+/// Dotted keys and their values as TOML.
+fn flatten(prefix: &str, table: &toml::Table, keys: &mut BTreeMap<String, String>) {
+    for (key, value) in table {
+        match value {
+            toml::Value::Table(inner) => flatten(&format!("{prefix}{key}."), inner, keys),
+            value => {
+                keys.insert(format!("{prefix}{key}"), value.to_string());
+            }
+        }
     }
 }
 
@@ -223,6 +248,6 @@ mod tests {
         assert_eq!(config.identity(), other.identity());
         other.train.seed = 1;
         assert_ne!(config.identity(), other.identity());
-        assert_eq!(other.differences(&config), ["train.seed = 1337  ->  train.seed = 1"]);
+        assert_eq!(other.differences(&config), ["train.seed = 1337  ->  1"]);
     }
 }

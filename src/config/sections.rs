@@ -40,6 +40,8 @@ pub enum Precision {
     Tf32,
     /// bfloat16 activations and convolutions; float32 parameters, statistics and losses.
     Bf16,
+    /// float64 throughout: slow, to tell an error from rounding.
+    F64,
 }
 
 macro_rules! section {
@@ -66,6 +68,10 @@ section!(
         up: [UpMode; 2] = [UpMode::Bilinear, UpMode::Transposed],
         /// Dropout inside the encoder's blocks, per level.
         dropout: [f64; 5] = [0.05, 0.1, 0.2, 0.3, 0.5],
+        /// Dropout before the auxiliary head at stride 8.
+        aux_dropout: f64 = 0.5,
+        /// Batch-norm statistics over the whole batch, not over each worker's part of it.
+        sync_batch_norm: bool = true,
     }
 );
 
@@ -108,6 +114,8 @@ section!(
         rampup_every: u64 = 150,
         /// Distillation temperature.
         temperature: f64 = 10.0,
+        /// Dice over the whole batch, not over each worker's part of it.
+        global_dice: bool = true,
     }
 );
 

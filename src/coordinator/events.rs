@@ -60,6 +60,19 @@ pub enum Event {
         /// On which node.
         node: NodeId,
     },
+    /// A trainer says why it fails; its process ends soon.
+    TrainerFailed {
+        /// On which node.
+        node: NodeId,
+        /// Of which generation.
+        generation: Generation,
+        /// Why, in its own words.
+        evidence: String,
+        /// The exit status that is coming.
+        status: i32,
+        /// Whether another generation may do better.
+        curable: bool,
+    },
     /// A trainer's process ended.
     TrainerExited {
         /// On which node.

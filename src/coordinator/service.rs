@@ -150,6 +150,7 @@ struct Agent {
 struct LastWords {
     generation: u64,
     text: String,
+    status: i32,
     curable: bool,
 }
 
@@ -190,45 +191,66 @@ fn event_of(
                 let status = exit.status;
                 Some(Event::TrainerExited { node, generation, status, evidence, curable })
             }
-            agent_message::Kind::Report(report) => {
-                if let Some(words) = relay(&report, status)
-                    && let Some(agent) = agents.get_mut(&node)
-                {
-                    agent.last_words = Some(words);
+            agent_message::Kind::Report(report) => match relay(&report, status) {
+                Said::Nothing => Some(Event::Heard { node }),
+                Said::Progress => Some(Event::Progressed { node }),
+                Said::LastWords(words) => {
+                    let failed = Event::TrainerFailed {
+                        node,
+                        generation: Generation(report.generation),
+                        evidence: words.text.clone(),
+                        status: words.status,
+                        curable: words.curable,
+                    };
+                    if let Some(agent) = agents.get_mut(&node) {
+                        agent.last_words = Some(words);
+                    }
+                    Some(failed)
                 }
-                Some(Event::Progressed { node })
-            }
+            },
         },
     }
 }
 
-/// Puts a trainer's event where watchers see it; what it says of its own failure comes back. Step
-/// events are rank 0's only.
-fn relay(
-    report: &wire::TrainerReport,
-    status: &watch::Sender<wire::RunStatus>,
-) -> Option<LastWords> {
+/// What a trainer's event means to the run.
+enum Said {
+    /// It lives. Being ready is no progress: the first step may take longest of all.
+    Nothing,
+    /// It gets on.
+    Progress,
+    /// Why it fails.
+    LastWords(LastWords),
+}
+
+/// Puts a trainer's event where watchers see it. Step events are rank 0's only.
+fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) -> Said {
     match serde_json::from_str::<TrainerEvent>(&report.event) {
         Ok(TrainerEvent::Step { .. }) if report.rank == 0 => {
             status.send_modify(|s| s.progress.clone_from(&report.event));
+            Said::Progress
         }
         Ok(TrainerEvent::Validation { .. }) if report.rank == 0 => {
             status.send_modify(|s| s.validation.clone_from(&report.event));
+            Said::Progress
         }
         // Other ranks may be done already: the line says what the slowest part is.
         Ok(TrainerEvent::Busy { .. }) => {
             status.send_modify(|s| s.progress.clone_from(&report.event));
+            Said::Progress
         }
         Ok(TrainerEvent::Ready { step }) if report.rank == 0 && step.0 > 0 => {
             note(status, format!("resumed at step {step}"));
+            Said::Nothing
         }
-        Ok(TrainerEvent::Failed { text, curable }) => {
-            return Some(LastWords { generation: report.generation, text, curable });
+        Ok(TrainerEvent::Failed { text, status, curable }) => {
+            Said::LastWords(LastWords { generation: report.generation, text, status, curable })
         }
-        Ok(_) => {}
-        Err(error) => tracing::warn!(rank = report.rank, %error, "unreadable trainer event"),
+        Ok(_) => Said::Nothing,
+        Err(error) => {
+            tracing::warn!(rank = report.rank, %error, "unreadable trainer event");
+            Said::Nothing
+        }
     }
-    None
 }
 
 fn note(status: &watch::Sender<wire::RunStatus>, text: String) {

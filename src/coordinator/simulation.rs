@@ -155,16 +155,26 @@ fn the_restart_budget_is_kept_and_usage_errors_are_final() {
 #[test]
 fn what_no_restart_cures_ends_the_run_at_once_whoever_leaves_first() {
     let second = Duration::from_secs(1);
+    let said = |status: i32| Event::TrainerFailed {
+        node: NodeId(2),
+        generation: Generation(1),
+        evidence: "a shard is damaged".to_owned(),
+        status,
+        curable: false,
+    };
     for victims in 0..2 {
-        let mut state = all_here();
-        for victim in 0..victims {
-            state.apply(second, exited(victim, 1, 1));
+        for (event, wanted) in [(hopeless(2), 1), (said(1), 1), (said(2), 2)] {
+            let mut state = all_here();
+            for victim in 0..victims {
+                state.apply(second, exited(victim, 1, 1));
+            }
+            let effects = state.apply(second, event);
+            let ended = effects.iter().any(|e| {
+                matches!(e, Effect::Finish { status, reason }
+                    if *status == wanted && reason.contains("node 2") && reason.contains("damaged"))
+            });
+            assert!(ended, "{effects:?}");
         }
-        let effects = state.apply(second, hopeless(2));
-        let ended = effects.iter().any(|e| {
-            matches!(e, Effect::Finish { status: 1, reason } if reason.contains("node 2") && reason.contains("damaged"))
-        });
-        assert!(ended, "{effects:?}");
     }
 }
 

@@ -147,6 +147,15 @@ impl State {
                     self.trainer_exited(now, &exit, &mut effects);
                 }
             }
+            // Its peers, who will miss it, may leave first: what no restart cures ends the run now.
+            // Anything else waits for the end of the process.
+            Event::TrainerFailed { node, generation, evidence, status, curable } => {
+                let ended = matches!(self.phase, Phase::Finished { .. } | Phase::Gathering { .. });
+                if generation == self.generation && !curable && !ended {
+                    let reason = format!("the trainer of node {node} failed: {evidence}");
+                    self.finish(status, reason, &mut effects);
+                }
+            }
             Event::StopRequested { reason } => self.stop_requested(now, reason, &mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }
@@ -372,8 +381,11 @@ impl State {
                     self.lose(now, node, "its trainer would not end", effects);
                 }
             }
+            // A step and the last checkpoint take their time: progress earns more of it.
             Phase::Training { stopping: Some(since), .. }
-                if now.saturating_sub(*since) > self.limits.drain =>
+                if now.saturating_sub(*since) > self.limits.drain
+                    && now.saturating_sub(self.last_progress)
+                        > self.limits.drain.max(self.longest_silence.unwrap_or_default() * 2) =>
             {
                 self.finish(
                     EXIT_RESUMABLE,

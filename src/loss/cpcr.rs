@@ -8,7 +8,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{LossError, dice, distill, entropy, focal};
+use super::{LossError, dice, distill, entropy, focal, precise};
 use crate::bridge::ops::{self, PairTerms, SumOverRanks};
 use crate::model::Outputs;
 
@@ -103,13 +103,21 @@ pub struct Objective {
     pub temperature: f64,
     /// Exponent of focal loss.
     pub gamma: f64,
+    /// Dice over the whole batch; else over each rank's part, and the mean over the ranks that have
+    /// labels, as data-parallel training without it would.
+    pub global_dice: bool,
     /// Implementation.
     pub path: Path,
 }
 
 impl Default for Objective {
     fn default() -> Self {
-        Self { temperature: distill::TEMPERATURE, gamma: focal::GAMMA, path: Path::Auto }
+        Self {
+            temperature: distill::TEMPERATURE,
+            gamma: focal::GAMMA,
+            global_dice: true,
+            path: Path::Auto,
+        }
     }
 }
 
@@ -153,8 +161,14 @@ impl Objective {
         let per = |samples: u64, pixels: i64| 1.0 / (samples.max(1) as f64 * pixels as f64);
         let (all, labelled) = (per(counts.samples, h * w), per(counts.labelled, h * w));
 
-        let dice = self.dice(main, &labels, weights.dice * world, ranks)?;
         let has_labels = labels.size()[0] > 0;
+        // How many ranks' Dice make the batch's: all tell the same global one, or each its own.
+        let tellers = match self.global_dice {
+            true => world,
+            false => world.min(counts.labelled as f64),
+        };
+        let dice_scale = weights.dice * if self.global_dice { world } else { world / tellers };
+        let dice = self.dice(main, &labels, dice_scale, ranks)?;
         let (g1, g2, sums) = self.pair(&Pair {
             logits: main,
             labels: has_labels.then_some(&labels),
@@ -171,12 +185,12 @@ impl Objective {
         } else {
             zero.shallow_clone()
         };
-        // Dice is known to every rank in full: each reports its W-th part.
+        // The sum over ranks is what counts: each tells its part.
         let dice = match dice {
-            Some((value, _)) => {
-                value.f_sum(Kind::Double)?.f_view([1i64])?.f_mul_scalar(1.0 / world)?
+            Some((value, _)) if self.global_dice || has_labels => {
+                value.f_sum(Kind::Double)?.f_view([1i64])?.f_mul_scalar(1.0 / tellers)?
             }
-            None => zero,
+            _ => zero,
         };
         let scale = Tensor::f_from_slice(&[labelled, all, all])?.f_to_device(device)?;
         let terms = Tensor::f_cat(&[dice, sums.f_mul(&scale)?, kd_aux], 0)?;
@@ -189,7 +203,7 @@ impl Objective {
     }
 
     fn fused(&self, logits: &Tensor) -> bool {
-        self.path == Path::Auto && logits.device() == Device::Cpu
+        self.path == Path::Auto && logits.device() == Device::Cpu && logits.kind() != Kind::Double
     }
 
     /// The values `[2]` and the scaled derivatives `[2, 2, C]`, at the sums over all ranks.
@@ -210,11 +224,12 @@ impl Objective {
             }
             let n = labels.size()[0];
             let labels = labels.f_to_kind(Kind::Int64)?;
-            let one =
-                |t: Tensor| dice::sums(&t.f_narrow(0, 0, n)?.f_to_kind(Kind::Float)?, &labels);
+            let one = |t: Tensor| dice::sums(&t.f_narrow(0, 0, n)?, &labels);
             Ok(Tensor::f_stack(&[one(a)?, one(b)?], 0)?)
         })?;
-        ranks.sum_in_place(&sums).map_err(LossError::Ranks)?;
+        if self.global_dice {
+            ranks.sum_in_place(&sums).map_err(LossError::Ranks)?;
+        }
         let (value, derivatives) = dice::from_sums(&sums)?;
         Ok(Some((value, derivatives.f_mul_scalar(scale)?)))
     }
@@ -270,7 +285,8 @@ impl Objective {
     /// The same by autograd on detached logits.
     fn pair_plain(&self, a: Tensor, b: Tensor, pair: &Pair) -> Result<PairResult, LossError> {
         let kinds = [a.f_kind()?, b.f_kind()?];
-        let leaf = |t: Tensor| t.f_to_kind(Kind::Float)?.f_detach()?.f_set_requires_grad(true);
+        let kind = precise(&a)?;
+        let leaf = |t: Tensor| t.f_to_kind(kind)?.f_detach()?.f_set_requires_grad(true);
         let (a, b) = (leaf(a)?, leaf(b)?);
         let zero = || Tensor::f_zeros([1i64], (Kind::Double, a.device()));
         let (mut total, mut sums) = (zero()?, [zero()?, zero()?, zero()?]);

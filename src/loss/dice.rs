@@ -6,7 +6,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::LossError;
+use super::{LossError, precise};
 
 /// s of the formula.
 const SMOOTH: f64 = 1e-5;
@@ -18,9 +18,10 @@ const SMOOTH: f64 = 1e-5;
 /// Unfit shapes.
 pub fn sums(logits: &Tensor, labels: &Tensor) -> Result<Tensor, LossError> {
     let classes = logits.size()[1];
-    let p = logits.f_softmax(1, Kind::Float)?;
+    let kind = precise(logits)?;
+    let p = logits.f_softmax(1, kind)?;
     // [N, H, W] -> [N, H, W, C] -> [N, C, H, W]
-    let g = labels.f_one_hot(classes)?.f_permute([0i64, 3, 1, 2])?.f_to_kind(Kind::Float)?;
+    let g = labels.f_one_hot(classes)?.f_permute([0i64, 3, 1, 2])?.f_to_kind(kind)?;
     let over = [0i64, 2, 3];
     let sum = |t: Tensor| t.f_sum_dim_intlist(over.as_slice(), false, Kind::Double);
     let (i, s) = (sum(p.f_mul(&g)?)?, sum(p.f_mul(&p)?)?);

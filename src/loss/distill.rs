@@ -6,7 +6,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::LossError;
+use super::{LossError, precise};
 
 /// The temperature of the method.
 pub const TEMPERATURE: f64 = 10.0;
@@ -16,8 +16,9 @@ pub const TEMPERATURE: f64 = 10.0;
 /// # Errors
 /// Shapes that differ.
 pub fn one_way(a: &Tensor, b: &Tensor, temperature: f64) -> Result<Tensor, LossError> {
-    let student = a.f_div_scalar(temperature)?.f_log_softmax(1, Kind::Float)?;
-    let teacher = b.f_detach()?.f_div_scalar(temperature)?.f_log_softmax(1, Kind::Float)?;
+    let kind = precise(a)?;
+    let student = a.f_div_scalar(temperature)?.f_log_softmax(1, kind)?;
+    let teacher = b.f_detach()?.f_div_scalar(temperature)?.f_log_softmax(1, kind)?;
     let kl = teacher.f_exp()?.f_mul(&teacher.f_sub(&student)?)?;
     Ok(kl.f_sum(Kind::Double)?.f_mul_scalar(temperature * temperature)?)
 }

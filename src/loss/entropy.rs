@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::LossError;
+use super::{LossError, precise};
 
 /// Added inside the logarithm.
 const EPSILON: f64 = 1e-6;
@@ -12,7 +12,8 @@ const EPSILON: f64 = 1e-6;
 /// # Errors
 /// Shapes that differ.
 pub fn of_mean(a: &Tensor, b: &Tensor) -> Result<Tensor, LossError> {
-    let q = a.f_softmax(1, Kind::Float)?.f_add(&b.f_softmax(1, Kind::Float)?)?.f_mul_scalar(0.5)?;
+    let kind = precise(a)?;
+    let q = a.f_softmax(1, kind)?.f_add(&b.f_softmax(1, kind)?)?.f_mul_scalar(0.5)?;
     let h = q.f_mul(&q.f_add_scalar(EPSILON)?.f_log()?)?.f_sum(Kind::Double)?;
     Ok(h.f_mul_scalar(-1.0 / (a.size()[1] as f64).ln())?)
 }

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::LossError;
+use super::{LossError, precise};
 
 /// Gamma of the `cpcr-focal` preset.
 pub const GAMMA: f64 = 2.5;
@@ -12,7 +12,7 @@ pub const GAMMA: f64 = 2.5;
 /// # Errors
 /// Unfit shapes, or a label that is no class.
 pub fn sum(logits: &Tensor, labels: &Tensor, gamma: f64) -> Result<Tensor, LossError> {
-    let log_p = logits.f_log_softmax(1, Kind::Float)?;
+    let log_p = logits.f_log_softmax(1, precise(logits)?)?;
     // [N, H, W] -> [N, 1, H, W]
     let log_pt = log_p.f_gather(1, &labels.f_unsqueeze(1)?, false)?;
     let rest = log_pt.f_detach()?.f_exp()?.f_mul_scalar(-1.0)?.f_add_scalar(1.0)?;

@@ -32,3 +32,11 @@ pub enum LossError {
     #[error("sum over ranks: {0}")]
     Ranks(String),
 }
+
+/// The type that losses of such logits are computed in: float64 stays, all else is float32.
+fn precise(logits: &tch::Tensor) -> Result<tch::Kind, LossError> {
+    Ok(match logits.f_kind()? {
+        tch::Kind::Double => tch::Kind::Double,
+        _ => tch::Kind::Float,
+    })
+}

@@ -28,14 +28,16 @@ pub enum Layout {
     ChannelsLast,
 }
 
-/// Arithmetic of activations and convolutions; parameters are float32 always.
+/// Arithmetic of activations and convolutions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     /// float32.
     #[default]
     F32,
-    /// bfloat16 activations and weights, float32 statistics, losses and updates.
+    /// bfloat16 activations and convolutions; float32 parameters, statistics, losses and updates.
     Bf16,
+    /// float64 throughout, parameters too: to tell an error from rounding.
+    F64,
 }
 
 impl Precision {
@@ -43,7 +45,21 @@ impl Precision {
         match self {
             Self::F32 => Kind::Float,
             Self::Bf16 => Kind::BFloat16,
+            Self::F64 => Kind::Double,
         }
+    }
+
+    /// The same without bfloat16: of parameters, heads, losses and evaluation.
+    pub(super) fn full(self) -> Self {
+        match self {
+            Self::F32 | Self::Bf16 => Self::F32,
+            Self::F64 => Self::F64,
+        }
+    }
+
+    /// The type of tensors in [`Precision::full`].
+    pub(super) fn full_kind(self) -> Kind {
+        self.full().kind()
     }
 }
 
@@ -93,6 +109,8 @@ impl Statistics {
 /// What a training pass carries from block to block.
 pub(super) struct Training<'a> {
     pub(super) dropout: Dropout,
+    pub(super) aux_dropout: f64,
+    pub(super) precision: Precision,
     pub(super) sync: Option<&'a Arc<dyn SumOverRanks>>,
     pub(super) statistics: Statistics,
     /// Counts the places where dropout draws, so that each has a key of its own.
@@ -185,8 +203,12 @@ impl NormAct {
         };
         let key = if dropout > 0.0 { training.next_key() } else { None };
         let (mean, var) = (copy_of(&self.mean)?, copy_of(&self.var)?);
-        let fused = x.device() == tch::Device::Cpu && ops::is_channels_last(x)?;
-        let y = if fused {
+        let sync = training.sync.cloned();
+        // Dropout is part of the kernel for the CPU's channels-last tensors, a step of its own else.
+        let fused = x.device() == tch::Device::Cpu
+            && x.f_kind()? != Kind::Double
+            && ops::is_channels_last(x)?;
+        let y = if fused || sync.is_some() {
             let args = ops::NormAct {
                 weight: &self.weight,
                 bias: &self.bias,
@@ -195,18 +217,15 @@ impl NormAct {
                 momentum: MOMENTUM,
                 eps: EPS,
                 slope: SLOPE,
-                dropout: if key.is_some() { dropout } else { 0.0 },
+                dropout: if fused && key.is_some() { dropout } else { 0.0 },
                 key: key.unwrap_or(0),
-                sync: training.sync.cloned(),
+                sync,
             };
             ops::norm_act(x, &args)?
-        } else if training.sync.is_some() {
-            let what = "synchronised batch norm wants channels-last tensors on the CPU";
-            return Err(ModelError::Input(what.into()));
         } else {
-            let y = self.plain(x, &mean, &var, true)?.f_leaky_relu_()?;
-            perturb::dropout(&y, dropout, key)?
+            self.plain(x, &mean, &var, true)?.f_leaky_relu_()?
         };
+        let y = if fused { y } else { perturb::dropout(&y, dropout, key)? };
         training.statistics.0.push(Update {
             buffers: [self.mean.shallow_clone(), self.var.shallow_clone()],
             values: [mean, var],
@@ -256,7 +275,7 @@ impl ConvBlock {
         self.after(&self.conv[0].forward(x)?, mode)
     }
 
-    /// The network's first block: its first convolution works in float32 whatever the precision is.
+    /// The network's first block: its first convolution works in full precision always.
     /// It has too few channels to gain from bfloat16, and the image keeps its digits.
     pub(super) fn forward_image(
         &self,
@@ -367,9 +386,13 @@ fn copy_of(tensor: &Tensor) -> Result<Tensor, ModelError> {
     Ok(copy)
 }
 
-/// The input as the network wants it: float32 in its layout.
-pub(super) fn prepare(x: &Tensor, layout: Layout) -> Result<Tensor, ModelError> {
-    let x = x.f_to_kind(Kind::Float)?;
+/// The input as the network wants it: in full precision and its layout.
+pub(super) fn prepare(
+    x: &Tensor,
+    layout: Layout,
+    precision: Precision,
+) -> Result<Tensor, ModelError> {
+    let x = x.f_to_kind(precision.full_kind())?;
     Ok(match layout {
         Layout::Planar => x,
         Layout::ChannelsLast => ops::channels_last(&x)?,

@@ -16,9 +16,6 @@ use super::params::Params;
 use super::perturb::{self, DecoderDraws, Draws, dropout};
 use crate::bridge::ops::SumOverRanks;
 
-/// Probability of the dropout before the stride-8 head.
-const AUX_DROPOUT: f64 = 0.5;
-
 /// What a DBPNet looks like.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DbpNetConfig {
@@ -32,9 +29,11 @@ pub struct DbpNetConfig {
     pub up: [UpMode; 2],
     /// Dropout in each encoder block.
     pub dropout: [f64; 5],
+    /// Dropout before the stride-8 head.
+    pub aux_dropout: f64,
     /// Memory order.
     pub layout: Layout,
-    /// Arithmetic in training; evaluation is float32.
+    /// Arithmetic in training; evaluation is in full precision.
     pub precision: Precision,
 }
 
@@ -46,6 +45,7 @@ impl Default for DbpNetConfig {
             widths: [16, 32, 64, 128, 256],
             up: [UpMode::Bilinear, UpMode::Transposed],
             dropout: [0.05, 0.1, 0.2, 0.3, 0.5],
+            aux_dropout: 0.5,
             layout: Layout::default(),
             precision: Precision::default(),
         }
@@ -129,16 +129,18 @@ impl Decoder {
         training: &mut Training,
     ) -> Result<Pyramid, ModelError> {
         let [a, b, c, d] = self.features(x, &mut Mode::Train(training))?;
-        // Heads work in float32: logits keep their precision, and oneDNN's bfloat16 gradient of
+        // Heads work in full precision: logits keep their precision, and oneDNN's bfloat16 gradient of
         // so few output channels is ten times slower.
-        let wide = |t: &Tensor| t.f_to_kind(Kind::Float);
+        let kind = training.precision.full_kind();
+        let wide = |t: &Tensor| t.f_to_kind(kind);
         let main = self.out.forward(&wide(&d)?)?;
         // The key is drawn with or without heads: warm-up changes no other draw.
         let key = training.next_key();
         let aux = match heads {
             Heads::Main => None,
             Heads::All => {
-                let third = self.aux[2].forward(&dropout(&wide(&a)?, AUX_DROPOUT, key)?)?;
+                let third =
+                    self.aux[2].forward(&dropout(&wide(&a)?, training.aux_dropout, key)?)?;
                 let second = perturb::feature_dropout(&wide(&b)?, draws.threshold)?;
                 let first = perturb::feature_noise(&wide(&c)?, &draws.noise)?;
                 Some([self.aux[0].forward(&first)?, self.aux[1].forward(&second)?, third])
@@ -182,10 +184,11 @@ impl DbpNet {
         if sizes.iter().chain(&config.widths).any(|&n| n < 1) || config.classes < 2 {
             return Err(ModelError::Input("channels, widths >= 1 and classes >= 2".into()));
         }
-        if config.dropout.iter().any(|p| !(0.0..1.0).contains(p)) {
+        if config.dropout.iter().chain([&config.aux_dropout]).any(|p| !(0.0..1.0).contains(p)) {
             return Err(ModelError::Input("dropout lies in [0, 1)".into()));
         }
-        let mut params = Params::new(device, config.layout, seed);
+        let kind = config.precision.full_kind();
+        let mut params = Params::new(device, config.layout, kind, seed);
         let w = config.widths;
         let mut block = |name: String, input: i64, i: usize| {
             ConvBlock::new(&mut params, &name, input, w[i], config.dropout[i])
@@ -248,7 +251,7 @@ impl DbpNet {
         precision: Precision,
         mode: &mut Mode,
     ) -> Result<[Tensor; 5], ModelError> {
-        let x = prepare(x, self.config.layout)?;
+        let x = prepare(x, self.config.layout, precision)?;
         let x0 = self.encoder[0].forward_image(&x, precision, mode)?;
         let x1 = self.encoder[1].forward(&pool(&x0)?, mode)?;
         let x2 = self.encoder[2].forward(&pool(&x1)?, mode)?;
@@ -270,8 +273,14 @@ impl DbpNet {
         sync: Option<&Arc<dyn SumOverRanks>>,
     ) -> Result<Outputs, ModelError> {
         self.check(x)?;
-        let mut training =
-            Training { dropout: draws.dropout, sync, statistics: Statistics::default(), place: 0 };
+        let mut training = Training {
+            dropout: draws.dropout,
+            aux_dropout: self.config.aux_dropout,
+            precision: self.config.precision,
+            sync,
+            statistics: Statistics::default(),
+            place: 0,
+        };
         let features = self.encode(x, self.config.precision, &mut Mode::Train(&mut training))?;
         let d1 = self.decoders[0].train(&features, heads, &draws.decoders[0], &mut training)?;
         let d2 = self.decoders[1].train(&features, heads, &draws.decoders[1], &mut training)?;
@@ -286,7 +295,7 @@ impl DbpNet {
     pub fn forward_eval(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.check(x)?;
         tch::no_grad(|| {
-            let features = self.encode(x, Precision::F32, &mut Mode::Eval)?;
+            let features = self.encode(x, self.config.precision.full(), &mut Mode::Eval)?;
             let [.., d] = self.decoders[0].features(&features, &mut Mode::Eval)?;
             self.decoders[0].out.forward(&d)
         })
@@ -299,7 +308,7 @@ impl DbpNet {
     pub fn forward_eval_mean(&self, x: &Tensor) -> Result<Tensor, ModelError> {
         self.check(x)?;
         tch::no_grad(|| {
-            let features = self.encode(x, Precision::F32, &mut Mode::Eval)?;
+            let features = self.encode(x, self.config.precision.full(), &mut Mode::Eval)?;
             let probabilities = |decoder: &Decoder| -> Result<Tensor, ModelError> {
                 let [.., d] = decoder.features(&features, &mut Mode::Eval)?;
                 Ok(decoder.out.forward(&d)?.f_softmax(1, Kind::Float)?)
@@ -316,7 +325,7 @@ impl DbpNet {
     pub fn forward_eval_all(&self, x: &Tensor) -> Result<Vec<Tensor>, ModelError> {
         self.check(x)?;
         tch::no_grad(|| {
-            let features = self.encode(x, Precision::F32, &mut Mode::Eval)?;
+            let features = self.encode(x, self.config.precision.full(), &mut Mode::Eval)?;
             let mut all = Vec::with_capacity(8);
             for decoder in &self.decoders {
                 all.extend(decoder.all(&features)?);

@@ -24,12 +24,12 @@ pub enum Role {
     Buffer,
 }
 
-/// A tensor as bytes: little-endian, row-major, dtype by its safetensors name (`F32`, `I64`).
+/// A tensor as bytes: little-endian, row-major, dtype by its safetensors name (`F32`, `F64`, `I64`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostTensor {
     /// The state-dict name.
     pub name: String,
-    /// `F32` or `I64`.
+    /// `F32`, `F64` or `I64`.
     pub dtype: String,
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
@@ -51,14 +51,15 @@ pub struct Params {
     index: HashMap<String, usize>,
     device: Device,
     layout: Layout,
+    kind: Kind,
     seed: u64,
 }
 
 impl Params {
-    /// An empty store whose tensors are drawn from `seed`.
+    /// An empty store whose tensors, of type `kind`, are drawn from `seed`.
     #[must_use]
-    pub fn new(device: Device, layout: Layout, seed: u64) -> Self {
-        Self { entries: Vec::new(), index: HashMap::new(), device, layout, seed }
+    pub fn new(device: Device, layout: Layout, kind: Kind, seed: u64) -> Self {
+        Self { entries: Vec::new(), index: HashMap::new(), device, layout, kind, seed }
     }
 
     /// Where the tensors live.
@@ -78,11 +79,12 @@ impl Params {
         let bound = 1.0 / (fan_in as f64).sqrt();
         let count: i64 = shape.iter().product();
         let values = uniform_values(self.seed, &name, count as usize, -bound, bound);
-        let tensor = Tensor::f_from_slice(&values)?.f_view(shape)?.f_to_device(self.device)?;
+        let tensor = Tensor::f_from_slice(&values)?.f_view(shape)?.f_to_kind(self.kind)?;
+        let tensor = tensor.f_to_device(self.device)?;
         self.add(name, tensor, Role::Parameter)
     }
 
-    /// Adds a float32 vector of `length` equal values.
+    /// Adds a vector of `length` equal values.
     pub(super) fn constant(
         &mut self,
         name: String,
@@ -90,7 +92,7 @@ impl Params {
         value: f64,
         role: Role,
     ) -> Result<Tensor, ModelError> {
-        let tensor = Tensor::f_full(length, value, (Kind::Float, self.device))?;
+        let tensor = Tensor::f_full(length, value, (self.kind, self.device))?;
         self.add(name, tensor, role)
     }
 
@@ -195,6 +197,7 @@ pub(super) fn uniform_values(seed: u64, name: &str, count: usize, low: f64, high
 pub(super) fn to_host(name: &str, tensor: &Tensor) -> Result<HostTensor, ModelError> {
     let dtype = match tensor.f_kind()? {
         Kind::Float => "F32",
+        Kind::Double => "F64",
         Kind::Int64 => "I64",
         other => return Err(ModelError::Input(format!("'{name}' is {other:?}"))),
     };
@@ -210,6 +213,7 @@ pub(super) fn fitting(host: &HostTensor, like: &Tensor) -> Result<Tensor, ModelE
     let shape: Vec<i64> = host.shape.iter().map(|&d| d as i64).collect();
     let kind = match host.dtype.as_str() {
         "F32" => Some(Kind::Float),
+        "F64" => Some(Kind::Double),
         "I64" => Some(Kind::Int64),
         _ => None,
     };
@@ -243,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_state_that_does_not_fit_is_refused_and_changes_nothing() {
-        let mut params = Params::new(Device::Cpu, Layout::ChannelsLast, 3);
+        let mut params = Params::new(Device::Cpu, Layout::ChannelsLast, Kind::Float, 3);
         let _w = params.uniform("w".into(), &[2, 3, 3, 3], 27).unwrap();
         let _n = params.counter("n".into()).unwrap();
         let good = params.to_host().unwrap();

@@ -120,7 +120,8 @@ pub fn feature_noise(x: &Tensor, noise: &Noise) -> Result<Tensor, ModelError> {
 pub fn feature_dropout(x: &Tensor, threshold: f64) -> Result<Tensor, ModelError> {
     let mask = tch::no_grad(|| -> Result<Tensor, ModelError> {
         // [N, C, H, W] -> [N, 1, H, W]
-        let a = x.f_mean_dim([1i64].as_slice(), true, Kind::Float)?;
+        let kind = if x.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float };
+        let a = x.f_mean_dim([1i64].as_slice(), true, kind)?;
         // [N, 1, H, W] -> [N, 1, 1, 1]
         let limit = a.f_amax([1i64, 2, 3].as_slice(), true)?.f_mul_scalar(threshold)?;
         Ok(a.f_less_tensor(&limit)?.f_to_kind(x.f_kind()?)?)

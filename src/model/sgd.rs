@@ -112,7 +112,7 @@ mod tests {
     /// The plain formula, one operation at a time as torch.optim.SGD writes it.
     #[test]
     fn steps_are_the_formula_and_skip_what_has_no_gradient() {
-        let mut params = Params::new(Device::Cpu, Layout::Planar, 1);
+        let mut params = Params::new(Device::Cpu, Layout::Planar, Kind::Float, 1);
         let w = params.uniform("w".into(), &[5, 7], 7).unwrap();
         let idle = params.uniform("idle".into(), &[3], 3).unwrap();
         let idle_before = idle.copy();

@@ -96,6 +96,8 @@ pub enum TrainerEvent {
     Failed {
         /// Why, in one line.
         text: String,
+        /// The exit status that is coming.
+        status: i32,
         /// Whether another generation may do better: a lost peer, a store that was out of reach.
         /// A damaged object or a loss that is no number will be the same again.
         curable: bool,

@@ -78,15 +78,14 @@ impl TrainerError {
     pub fn is_curable(&self) -> bool {
         match self {
             Self::Store(error) | Self::Checkpoint(CheckpointError::Store(error)) => {
-                !matches!(error, StoreError::NoSpace { .. } | StoreError::Denied { .. })
+                matches!(error, StoreError::Unreachable { .. } | StoreError::Other { .. })
             }
             Self::Data(error) => {
                 matches!(error, DataError::Read { .. } | DataError::Thread(_) | DataError::Stopped)
             }
             // The bridge's and libtorch's own errors are also how a lost peer shows in a backward pass.
-            Self::Collective(_) | Self::Op(_) | Self::Torch(_) | Self::Loss(_) | Self::Model(_) => {
-                true
-            }
+            Self::Collective(error) => !matches!(error, CollectiveError::Unsupported(_)),
+            Self::Op(_) | Self::Torch(_) | Self::Loss(_) | Self::Model(_) => true,
             Self::Checkpoint(CheckpointError::WriterStopped) | Self::System(_) => true,
             Self::Checkpoint(_)
             | Self::Config(_)

@@ -1,10 +1,11 @@
-//! The trainer: one process per device, and the training loop, readable top to bottom in [`run`].
+//! The trainer: one process per device, and the training loop, readable top to bottom in [`train`].
 //!
 //! It does what its assignment says and reports to its agent by JSON lines on stdout. Not here:
 //! who trains with whom (the coordinator), what a sample is (`data`), what a loss is (`loss`).
 
 mod device;
 mod error;
+mod evaluate;
 mod orders;
 mod persist;
 mod ranks;
@@ -13,6 +14,7 @@ mod setup;
 mod validate;
 
 pub use error::TrainerError;
+pub use evaluate::{EvaluateOptions, Evaluated, Pick, evaluate};
 pub use orders::emit;
 
 use std::collections::BTreeMap;
@@ -38,7 +40,21 @@ use setup::Trainer;
 /// [`TrainerError`]; what can be done about it is its variant.
 pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerError> {
     let orders = Orders::listen();
-    let mut t = Trainer::prepare(assignment)?;
+    // Said before anything is tidied up: that takes its time, and peers are already waiting.
+    let mut t = Trainer::prepare(assignment).inspect_err(say_why)?;
+    train(&mut t, &orders, telemetry).inspect_err(say_why)
+}
+
+fn say_why(error: &TrainerError) {
+    emit(&TrainerEvent::Failed {
+        text: error.to_string(),
+        status: error.exit_status(),
+        curable: error.is_curable(),
+    });
+}
+
+/// The training loop.
+fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, TrainerError> {
     emit(&TrainerEvent::Ready { step: t.step });
 
     while t.step < t.total {
@@ -51,11 +67,12 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
 
         let (images, labels) = tensors(&batch, t.patch, t.device)?;
         let draws = Draws::keyed(t.seed, t.step.0, u64::from(t.rank.0));
-        let outputs =
-            trace.phase(Phase::Forward, || t.net.forward_train(&images, &draws, heads, None))?;
+        let outputs = trace.phase(Phase::Forward, || {
+            t.net.forward_train(&images, &draws, heads, t.sync.as_ref())
+        })?;
         let counts = counts(t.loader.deal().spec(), t.world);
         let loss = trace.phase(Phase::Loss, || {
-            t.objective.step(&outputs, &labels, &weights, &counts, &t.ranks)
+            t.objective.step(&outputs, &labels, &weights, &counts, t.ranks.as_ref())
         })?;
         // Loss terms and votes travel while the gradients do.
         let tail = Tail::start(&loss, orders.stop_wanted(), &t.ranks)?;
@@ -66,13 +83,13 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
         t.step = t.step.next();
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = started.elapsed().as_secs_f64().max(1e-9);
-        report(&mut t, &tail, &counts, weights.kd_aux, took, waited / took)?;
+        report(t, &tail, &counts, weights.kd_aux, took, waited / took)?;
         if t.step.0.is_multiple_of(t.config.validate.every) || t.step == t.total {
-            validate::validate(&mut t)?;
+            validate::validate(t)?;
         }
         let due = t.step.0.is_multiple_of(t.config.checkpoint.every) || t.step == t.total;
         if due || tail.stop {
-            trace.phase(Phase::CheckpointHold, || persist::checkpoint(&t))?;
+            trace.phase(Phase::CheckpointHold, || persist::checkpoint(t))?;
         }
         if tail.stop && t.step < t.total {
             t.flush()?;
@@ -80,7 +97,7 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
         }
     }
     t.flush()?;
-    persist::final_report(&mut t)?;
+    persist::final_report(t)?;
     Ok(EXIT_DONE)
 }
 

@@ -94,7 +94,7 @@ pub fn final_report(t: &mut Trainer) -> Result<(), TrainerError> {
     })
 }
 
-const DTYPES: [(&str, Dtype); 2] = [("F32", Dtype::F32), ("I64", Dtype::I64)];
+const DTYPES: [(&str, Dtype); 3] = [("F32", Dtype::F32), ("F64", Dtype::F64), ("I64", Dtype::I64)];
 
 fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
     let dtypes = BTreeMap::from(DTYPES);
@@ -110,7 +110,7 @@ fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
         .collect()
 }
 
-fn unnamed(tensors: &NamedTensors) -> Result<Vec<HostTensor>, TrainerError> {
+pub(super) fn unnamed(tensors: &NamedTensors) -> Result<Vec<HostTensor>, TrainerError> {
     tensors
         .iter()
         .map(|(name, t)| {

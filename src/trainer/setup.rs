@@ -9,7 +9,7 @@ use tokio::runtime::Runtime;
 use super::ranks::Ranks;
 use super::schedule::Schedule;
 use super::{TrainerError, device};
-use crate::bridge::ops;
+use crate::bridge::ops::{self, SumOverRanks};
 use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions, load_latest};
 use crate::collective::{ProcessGroup, Reducer, Rendezvous};
 use crate::config::{self, ConfigSource, RunConfig, UpMode};
@@ -51,7 +51,9 @@ pub struct Trainer {
     pub(super) summary: Option<Summary>,
     pub(super) run: Store,
     pub(super) writer: Option<Writer>,
-    pub(super) ranks: Ranks,
+    pub(super) ranks: Arc<Ranks>,
+    /// Sums batch-norm statistics over the ranks; none where each rank has its own.
+    pub(super) sync: Option<Arc<dyn SumOverRanks>>,
     /// The group that gradients travel on; `None` for one rank.
     pub(super) gradients: Option<ProcessGroup>,
     pub(super) reducer: Option<Reducer>,
@@ -94,12 +96,17 @@ impl Trainer {
         let loader = Loader::start(dataset.clone(), loader_plan(&config, assignment, step, total))?;
         let schedule =
             Schedule::new(&config.loss, config.method, loader.deal().labelled_epoch_steps());
-        let objective = Objective { temperature: config.loss.temperature, ..Objective::default() };
+        let objective = Objective {
+            temperature: config.loss.temperature,
+            global_dice: config.loss.global_dice,
+            ..Objective::default()
+        };
         let writer = match assignment.rank {
             Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
             _ => None,
         };
         let (gradients, ranks) = groups(assignment, &config, device)?;
+        let ranks = Arc::new(ranks);
         let patch = config.patch_size as usize;
         Ok(Self {
             rank: assignment.rank,
@@ -122,6 +129,8 @@ impl Trainer {
             summary: None,
             run,
             writer,
+            sync: (config.model.sync_batch_norm && assignment.world.0 > 1)
+                .then(|| Arc::clone(&ranks) as Arc<dyn SumOverRanks>),
             ranks,
             gradients,
             reducer: None,
@@ -170,7 +179,7 @@ impl Trainer {
 }
 
 /// The network that a configuration asks for.
-fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
+pub(super) fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
     let up = |mode| match mode {
         UpMode::Transposed => model::UpMode::Transposed,
         UpMode::Bilinear => model::UpMode::Bilinear,
@@ -183,9 +192,11 @@ fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
         widths: config.model.widths.map(i64::from),
         up: config.model.up.map(up),
         dropout: config.model.dropout,
+        aux_dropout: config.model.aux_dropout,
         layout: Layout::ChannelsLast,
         precision: match config.train.precision {
             config::Precision::Bf16 => model::Precision::Bf16,
+            config::Precision::F64 => model::Precision::F64,
             config::Precision::F32 | config::Precision::Tf32 => model::Precision::F32,
         },
     }

@@ -7,7 +7,7 @@ use tch::Tensor;
 use super::TrainerError;
 use super::orders::emit;
 use super::setup::Trainer;
-use crate::data::{Split, Volume as DataVolume, augment};
+use crate::data::{Dataset, Split, Volume as DataVolume, augment};
 use crate::eval::report::{Record, ReportOverlay, ValidationRecord};
 use crate::eval::{
     CaseScores, DistanceUnit, EmptyPolicy, EvalSettings, Segmenter, Summary, Volume, Zoom,
@@ -17,7 +17,7 @@ use crate::model::{DbpNet, ModelError};
 use crate::proto::{Doing, TrainerEvent};
 
 /// Slices of a volume that go through the network together.
-const BATCH: usize = 8;
+pub(super) const BATCH: usize = 8;
 /// Pictures in the report.
 const OVERLAYS: usize = 3;
 
@@ -62,6 +62,28 @@ pub fn class_names(t: &Trainer) -> Vec<String> {
     t.dataset.manifest().classes.iter().skip(1).cloned().collect()
 }
 
+/// Scores the labelled volumes of a split whose place in it is `wanted`; `scored` is called after
+/// each.
+pub(super) fn score_volumes(
+    net: &DbpNet,
+    dataset: &Dataset,
+    split: Split,
+    settings: &EvalSettings,
+    wanted: impl Fn(usize) -> bool,
+    scored: impl Fn(),
+) -> Result<Vec<CaseScores>, TrainerError> {
+    let mut cases = Vec::new();
+    for (_, id) in dataset.volumes(split).into_iter().enumerate().filter(|(i, _)| wanted(*i)) {
+        let volume = dataset.load_volume(id)?;
+        let Some(label) = &volume.labels else { continue };
+        let scores = evaluate_volume(&mut Network(net), seen(&volume, label), settings, zoom())
+            .map_err(|e| TrainerError::Report(e.to_string()))?;
+        cases.push(scores);
+        scored();
+    }
+    Ok(cases)
+}
+
 /// Scores every validation volume, each on one rank; every rank ends with the same summary.
 pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
     // The running statistics that count are rank 0's (per-rank batch norm).
@@ -69,18 +91,14 @@ pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
         t.ranks.copy_from_first(buffer)?;
     }
     let settings = settings(t);
-    let mut mine: Vec<CaseScores> = Vec::new();
-    for (i, id) in t.dataset.volumes(Split::Val).into_iter().enumerate() {
-        if i % t.world.0 as usize != t.rank.0 as usize {
-            continue;
-        }
-        let volume = t.dataset.load_volume(id)?;
-        let Some(label) = &volume.labels else { continue };
-        let scores = evaluate_volume(&mut Network(&t.net), seen(&volume, label), &settings, zoom())
-            .map_err(|e| TrainerError::Report(e.to_string()))?;
-        mine.push(scores);
-        emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
-    }
+    let mine = score_volumes(
+        &t.net,
+        &t.dataset,
+        Split::Val,
+        &settings,
+        |i| i % t.world.0 as usize == t.rank.0 as usize,
+        || emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating }),
+    )?;
     let bytes = serde_json::to_vec(&mine).map_err(|e| TrainerError::Report(e.to_string()))?;
     let mut parts: Vec<Vec<CaseScores>> = Vec::new();
     for part in t.ranks.gather(&bytes)? {
@@ -129,6 +147,7 @@ pub fn overlays(t: &Trainer) -> Result<Vec<ReportOverlay>, TrainerError> {
             zoom(),
         )
         .map_err(|e| fail(&e))?;
+        emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
         let middle = d / 2 * h * w..(d / 2 + 1) * h * w;
         let png = overlay::overlay_png(
             &volume.slices[middle.clone()],

@@ -58,19 +58,20 @@ pub async fn run_agent(
     stop: impl Future<Output = String>,
 ) -> std::io::Result<i32> {
     tokio::pin!(stop);
+    // Its name may not resolve before it is there, and then no route to it is known either.
+    let Some(client) = reach(options).await else { return Ok(EXIT_RESUMABLE) };
+    let mut connected = Some(client);
     let interface = interface_towards(&options.coordinator).await;
     let kv = KvServer::bind(SocketAddr::new(interface, 0)).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
     let mut stopping = None;
     loop {
-        let connected = tokio::time::timeout(options.patience, connect(&options.coordinator)).await;
-        let Ok(client) = connected else {
-            tracing::error!(
-                "the coordinator at {} has been out of reach for {} s",
-                options.coordinator,
-                options.patience.as_secs()
-            );
-            return Ok(EXIT_RESUMABLE);
+        let client = match connected.take() {
+            Some(client) => client,
+            None => match reach(options).await {
+                Some(client) => client,
+                None => return Ok(EXIT_RESUMABLE),
+            },
         };
         let hello = wire::Hello {
             node: options.node.0,
@@ -84,6 +85,19 @@ pub async fn run_agent(
             Ended::Connection => tracing::warn!("lost the coordinator; looking for it"),
         }
     }
+}
+
+/// A connection to the coordinator; none if it is out of reach for too long.
+async fn reach(options: &AgentOptions) -> Option<CoordinatorClient<tonic::transport::Channel>> {
+    let connected = tokio::time::timeout(options.patience, connect(&options.coordinator)).await;
+    if connected.is_err() {
+        tracing::error!(
+            "the coordinator at {} has been out of reach for {} s",
+            options.coordinator,
+            options.patience.as_secs()
+        );
+    }
+    connected.ok()
 }
 
 /// Tries until the coordinator answers; the caller bounds it.

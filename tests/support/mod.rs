@@ -39,7 +39,8 @@ pub fn launch(folder: &Path, data: &Path, run: &str, nodes: u32, set: &[&str]) -
     assert!(Path::new(ENGINE).is_file());
     let mut command = Command::new(LAUNCH);
     command.current_dir(folder).args(["--config", "demo", "--run", run, "--data"]).arg(data);
-    command.args(["--nodes", &nodes.to_string()]);
+    // The promises that these tests hold are the CPU's.
+    command.args(["--backend", "gloo", "--nodes", &nodes.to_string()]);
     for pair in SMALL.iter().chain(set) {
         command.args(["--set", pair]);
     }
@@ -59,6 +60,16 @@ pub fn text(bytes: &[u8]) -> String {
 
 pub fn succeed(output: &Output) {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
+/// A file of the checkpoint of `step`.
+pub fn checkpoint_file(run: &Path, step: u64, file: &str) -> PathBuf {
+    let folder = run.join(format!("checkpoints/step-{step:08}"));
+    // The manifest is JSON with a seal after it; the attempt's folder is what is wanted of it.
+    let sealed = std::fs::read(folder.join("manifest.json")).unwrap();
+    let mut values = serde_json::Deserializer::from_slice(&sealed).into_iter();
+    let manifest: serde_json::Value = values.next().unwrap().unwrap();
+    folder.join(manifest["attempt"].as_str().unwrap()).join(file)
 }
 
 /// Longest wait for a line of a run.

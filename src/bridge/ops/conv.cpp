@@ -262,10 +262,12 @@ static Way way(int64_t IC, int64_t OC, int64_t W) {
 static bool fits(const at::Tensor& x, const at::Tensor& w) {
   static const bool able = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  return able && x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4 &&
+  // One channel is contiguous either way: the strides say which one is meant.
+  return able && x.device().is_cpu() && w.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4 &&
          w.scalar_type() == at::kFloat && w.dim() == 4 && w.size(2) == 3 && w.size(3) == 3 &&
          w.size(1) == x.size(1) && x.size(0) > 0 && x.size(2) > 0 &&
          x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+         x.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
          way(x.size(1), w.size(0), x.size(3)) != Way::kNone;
 }
 
@@ -467,7 +469,7 @@ int cpcr_ops_conv3x3(const at::Tensor* x, const at::Tensor* w, const at::Tensor*
   return guarded([&] {
     TORCH_CHECK(b->dim() == 1 && w->dim() == 4 && b->size(0) == w->size(0),
                 "conv3x3 wants one bias per output channel");
-    *out = new at::Tensor(fits(*x, *w) && b->scalar_type() == at::kFloat
+    *out = new at::Tensor(fits(*x, *w) && b->scalar_type() == at::kFloat && b->is_cpu() && b->is_cpu()
                               ? Conv3x3::apply(*x, *w, *b)
                               : at::conv2d(*x, *w, *b, {1, 1}, {1, 1}));
   });
@@ -487,7 +489,7 @@ int cpcr_ops_conv3x3_pair(const at::Tensor* x1, const at::Tensor* x2, const at::
              way(OC, C, W) == Way::kWinograd;
     };
     const bool fast = x2->size(0) == x1->size(0) && x2->size(2) == x1->size(2) &&
-                      x2->size(3) == W && b->scalar_type() == at::kFloat && ours(*x1, A, 0) &&
+                      x2->size(3) == W && b->scalar_type() == at::kFloat && b->is_cpu() && ours(*x1, A, 0) &&
                       ours(*x2, B, A);
     *out = new at::Tensor(fast ? Conv3x3Pair::apply(*x1, *x2, *w, *b)
                                : at::conv2d(at::cat({*x1, *x2}, 1), *w, *b, {1, 1}, {1, 1}));

@@ -1,6 +1,6 @@
 // Batch norm, leaky ReLU and dropout in one: three passes over memory fewer forwards and five
 // fewer backwards than one after another, no mask and no intermediate kept. Training mode, CPU,
-// channels-last, float32 or bfloat16. Statistics can be summed over ranks through a callback
+// channels-last, float32 or bfloat16 (and NormActAny for what is none of these). Statistics can be summed over ranks through a callback
 // (synchronised batch norm); sums are taken in fixed chunks, so the result does not depend on
 // the number of threads.
 #include "ops.h"
@@ -168,6 +168,22 @@ std::vector<double> sum_chunks(int64_t rows, int64_t C, F&& body) {
 template <class T>
 T* data_of(const at::Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
+// The context stores plain values only: a heap cell keeps the hook alive for the backward.
+static void hold_hook(AutogradContext* ctx, const std::shared_ptr<SumHook>& hook) {
+  ctx->saved_data["hook"] = int64_t(0);
+  if (!hook) return;
+  auto* cell = new std::shared_ptr<SumHook>(hook);
+  ctx->saved_data["hook_owner"] = at::from_blob(
+      cell, {1}, [](void* p) { delete static_cast<std::shared_ptr<SumHook>*>(p); }, at::kByte);
+  ctx->saved_data["hook"] = int64_t(reinterpret_cast<intptr_t>(cell));
+}
+
+static const SumHook* held_hook(AutogradContext* ctx) {
+  auto* cell =
+      reinterpret_cast<std::shared_ptr<SumHook>*>(intptr_t(ctx->saved_data["hook"].toInt()));
+  return cell ? cell->get() : nullptr;
+}
+
 struct NormAct : torch::autograd::Function<NormAct> {
   template <class T>
   static at::Tensor run(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
@@ -248,14 +264,7 @@ struct NormAct : torch::autograd::Function<NormAct> {
     ctx->saved_data["p"] = p;
     ctx->saved_data["key"] = key;
     ctx->saved_data["count"] = count;
-    ctx->saved_data["hook"] = int64_t(0);
-    if (hook) {
-      // The context stores plain values only: a heap cell keeps the hook alive for the backward.
-      auto* cell = new std::shared_ptr<SumHook>(hook);
-      ctx->saved_data["hook_owner"] = at::from_blob(
-          cell, {1}, [](void* p) { delete static_cast<std::shared_ptr<SumHook>*>(p); }, at::kByte);
-      ctx->saved_data["hook"] = int64_t(reinterpret_cast<intptr_t>(cell));
-    }
+    hold_hook(ctx, hook);
     return y;
   }
 
@@ -307,18 +316,85 @@ struct NormAct : torch::autograd::Function<NormAct> {
     double p = ctx->saved_data["p"].toDouble();
     uint64_t key = uint64_t(ctx->saved_data["key"].toInt());
     Drop drop{p > 0, uint32_t(key), uint32_t(key >> 32), drop_threshold(p), float(1 / (1 - p))};
-    auto* cell = reinterpret_cast<std::shared_ptr<SumHook>*>(
-        intptr_t(ctx->saved_data["hook"].toInt()));
+    const SumHook* hook = held_hook(ctx);
     auto dy = grads[0].to(x.scalar_type());
     at::Tensor dx, dw, db;
     auto run = x.scalar_type() == at::kFloat ? &backprop<float> : &backprop<uint16_t>;
     run(x, dy, coef, ctx->saved_data["count"].toDouble(),
-        float(ctx->saved_data["slope"].toDouble()), drop, cell ? cell->get() : nullptr, dx, dw,
-        db);
+        float(ctx->saved_data["slope"].toDouble()), drop, hook, dx, dw, db);
     variable_list out(11);
     out[0] = dx;
     out[1] = dw;
     out[2] = db;
+    return out;
+  }
+};
+
+// The same without dropout for what the kernels above do not know: other devices, other layouts,
+// float64. Plain tensor operations; sums are float64.
+struct NormActAny : torch::autograd::Function<NormActAny> {
+  // [C] as [1, C, 1, 1] in the type that x is computed in.
+  static at::Tensor wide(const at::Tensor& v, at::ScalarType type) {
+    return v.to(type).view({1, -1, 1, 1});
+  }
+
+  static at::ScalarType type_of(const at::Tensor& x) {
+    return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  }
+
+  static at::Tensor sum(const at::Tensor& t) { return t.sum({0, 2, 3}, false, at::kDouble); }
+
+  static at::Tensor forward(AutogradContext* ctx, at::Tensor x, at::Tensor weight, at::Tensor bias,
+                            at::Tensor running_mean, at::Tensor running_var, double momentum,
+                            double eps, double slope, std::shared_ptr<SumHook> hook) {
+    TORCH_CHECK(x.dim() == 4 && weight.numel() == x.size(1) && bias.numel() == x.size(1) &&
+                    running_mean.numel() == x.size(1) && running_var.numel() == x.size(1),
+                "norm_act wants [N, C, H, W] and one weight, bias, mean and variance per channel");
+    const int64_t C = x.size(1);
+    const auto type = type_of(x);
+    const auto in = x.to(type);
+    const double rows = double(x.numel() / C);
+    // About the first pixel, so that a mean far from zero costs no digits.
+    const auto shift = in.select(0, 0).select(1, 0).select(1, 0).contiguous();
+    const auto d = in - wide(shift, type);
+    const auto k = shift.to(at::kDouble), d1 = sum(d), d2 = sum(d * d);
+    auto total = at::cat({d1 + k * rows, d2 + 2 * k * d1 + k * k * rows, at::full({1}, rows, k.options())});
+    if (hook) (*hook)(total);
+    const auto count = total.slice(0, 2 * C);
+    const auto mean = total.slice(0, 0, C) / count;
+    const auto var = (total.slice(0, C, 2 * C) / count - mean * mean).clamp_min(0);
+    const auto invstd = (var + eps).rsqrt();
+    running_mean.mul_(1 - momentum).add_(mean.to(running_mean.scalar_type()), momentum);
+    running_var.mul_(1 - momentum)
+        .add_((var * (count / (count - 1))).to(running_var.scalar_type()), momentum);
+    const auto scale = weight.to(at::kDouble) * invstd;
+    const auto offset = bias.to(at::kDouble) - mean * scale;
+    ctx->save_for_backward({x, scale, offset, mean, invstd, count});
+    ctx->saved_data["slope"] = slope;
+    hold_hook(ctx, hook);
+    const auto z = in * wide(scale, type) + wide(offset, type);
+    return at::leaky_relu(z, slope).to(x.scalar_type());
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    const auto x = saved[0], scale = saved[1], offset = saved[2], mean = saved[3], invstd = saved[4],
+               count = saved[5];
+    const int64_t C = x.size(1);
+    const auto type = type_of(x);
+    const auto in = x.to(type);
+    const auto z = in * wide(scale, type) + wide(offset, type);
+    const auto g = at::where(z > 0, grads[0].to(type), grads[0].to(type) * ctx->saved_data["slope"].toDouble());
+    const auto normal = (in - wide(mean, type)) * wide(invstd, type);
+    auto total = at::cat({sum(g), sum(g * normal)});
+    const auto own = total.clone();
+    if (auto* hook = held_hook(ctx)) (*hook)(total);
+    const auto m1 = total.slice(0, 0, C) / count, m2 = total.slice(0, C) / count;
+    const auto dx = wide(scale, type) * (g - wide(m1, type) - normal * wide(m2, type));
+    variable_list out(9);
+    out[0] = dx.to(x.scalar_type());
+    out[1] = own.slice(0, C).to(type);
+    out[2] = own.slice(0, 0, C).to(type);
     return out;
   }
 };
@@ -339,8 +415,16 @@ int cpcr_ops_norm_act(const at::Tensor* x, const at::Tensor* weight, const at::T
   return guarded([&] {
     std::shared_ptr<SumHook> hook;
     if (hook_call) hook.reset(new SumHook{hook_call, hook_drop, context});
-    *out = new at::Tensor(NormAct::apply(*x, *weight, *bias, *running_mean, *running_var, momentum,
-                                         eps, slope, p, int64_t(key), hook));
+    const bool fused = x->device().is_cpu() && x->is_contiguous(at::MemoryFormat::ChannelsLast) &&
+                       (x->scalar_type() == at::kFloat || x->scalar_type() == at::kBFloat16);
+    if (fused) {
+      *out = new at::Tensor(NormAct::apply(*x, *weight, *bias, *running_mean, *running_var,
+                                           momentum, eps, slope, p, int64_t(key), hook));
+      return;
+    }
+    TORCH_CHECK(p == 0, "norm_act drops out on the CPU's channels-last tensors only");
+    *out = new at::Tensor(NormActAny::apply(*x, *weight, *bias, *running_mean, *running_var,
+                                            momentum, eps, slope, hook));
   });
 }
 

@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 
 pub use curves::{Curve, Picture, Scale, draw, thin_out};
 pub use history::{Record, RunEvent, RunHistory, StepRecord, ValidationRecord};
-pub use table::text_table;
+pub use table::{csv, text_table};
 
 use super::summary::Summary;
 

@@ -61,6 +61,28 @@ pub fn text_table(summary: &Summary) -> String {
     text
 }
 
+/// A line for each case and class, then the means: for spreadsheets. Undefined scores are empty.
+#[must_use]
+pub fn csv(summary: &Summary) -> String {
+    let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+    let number = |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
+    let line = |case: &str, class: &str, scores: [Option<f64>; 4]| {
+        format!("{},{},{}\n", quoted(case), quoted(class), scores.map(number).join(","))
+    };
+    let unit = unit(summary);
+    let mut text = format!("case,class,dice,jaccard,hd95_{unit},asd_{unit}\n");
+    for case in &summary.cases {
+        for (class, s) in summary.classes.iter().zip(&case.classes) {
+            text.push_str(&line(&case.case, &class.name, [s.dice, s.jaccard, s.hd95, s.asd]));
+        }
+    }
+    let means = summary.classes.iter().map(|c| (c.name.as_str(), &c.means));
+    for (name, m) in means.chain([("mean", &summary.mean)]) {
+        text.push_str(&line("mean", name, [m.dice, m.jaccard, m.hd95, m.asd]));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::summary;
@@ -76,5 +98,14 @@ mod tests {
              mean            50.00      50.00        0.50       0.50      1\n\
              2 volumes; what an empty mask leaves undefined is left out\n"
         );
+    }
+
+    #[test]
+    fn a_spreadsheet_has_every_case_and_the_means() {
+        let text = csv(&summary());
+        assert!(text.starts_with("case,class,dice,jaccard,hd95_voxel,asd_voxel\n"), "{text}");
+        assert_eq!(text.lines().count(), 1 + 2 * 2 + 3);
+        assert!(text.lines().all(|line| line.split(',').count() == 6), "{text}");
+        assert!(text.contains("\"mean\",\"RV\",0.5,0.5,0.5,0.5\n"), "{text}");
     }
 }

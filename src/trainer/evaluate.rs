@@ -1,0 +1,123 @@
+//! `cpcr eval`: what a checkpoint is worth on the volumes of a split.
+//!
+//! The same code as validation during training; only where the weights come from differs. Not
+//! here: choosing hyperparameters on the test split, which nothing can prevent.
+
+use std::sync::Arc;
+
+use super::setup::network;
+use super::validate::{BATCH, score_volumes};
+use super::{TrainerError, persist};
+use crate::checkpoint::{self, Checkpoint};
+use crate::config::{self, ConfigSource, RunConfig};
+use crate::data::{Dataset, Split};
+use crate::eval::report::RunHistory;
+use crate::eval::{DistanceUnit, EmptyPolicy, EvalSettings, Summary};
+use crate::model::DbpNet;
+use crate::store::{Store, StoreOptions};
+use crate::types::Step;
+
+/// Which checkpoint of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pick {
+    /// The newest one that is whole.
+    Latest,
+    /// The one with the best mean Dice in validation, as far as it was kept.
+    Best,
+    /// That of a step.
+    At(Step),
+}
+
+/// What to evaluate, on what and how.
+#[derive(Debug, Clone)]
+pub struct EvaluateOptions {
+    /// The run's folder.
+    pub run: String,
+    /// Which of its checkpoints.
+    pub pick: Pick,
+    /// The dataset; the run's own by default.
+    pub data: Option<String>,
+    /// Which volumes.
+    pub split: Split,
+    /// What distances are counted in.
+    pub unit: DistanceUnit,
+    /// What an empty mask is worth.
+    pub policy: EmptyPolicy,
+}
+
+/// The checkpoint that was taken, and its scores.
+#[derive(Debug)]
+pub struct Evaluated {
+    /// Its step.
+    pub step: Step,
+    /// Scores by case, by class, and their means.
+    pub summary: Summary,
+}
+
+/// Loads a checkpoint and scores every labelled volume of a split.
+///
+/// # Errors
+/// [`TrainerError`]: no such checkpoint, a dataset of other classes, volumes without labels.
+pub fn evaluate(options: &EvaluateOptions) -> Result<Evaluated, TrainerError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let run = Store::open(&options.run, &StoreOptions::default().existing())?;
+    let text = runtime.block_on(run.get("config.toml"))?;
+    let config =
+        config::load(&ConfigSource::Text(String::from_utf8_lossy(&text).into_owned()), &[])?;
+    let checkpoint = runtime.block_on(pick(&run, options.pick))?;
+    let data = options.data.clone().or_else(|| config.data.url.clone()).unwrap_or_default();
+    let store = Store::open(&data, &StoreOptions::default().existing())?;
+    let dataset = Dataset::open(Arc::new(store))?;
+    let net = trained(&config, &checkpoint, &dataset)?;
+    let patch = config.patch_size as usize;
+    let settings = EvalSettings {
+        patch: (patch, patch),
+        classes: u8::try_from(net.config().classes).unwrap_or(u8::MAX),
+        batch: BATCH,
+        unit: options.unit,
+        policy: options.policy,
+    };
+    let cases = score_volumes(&net, &dataset, options.split, &settings, |_| true, || {})?;
+    if cases.is_empty() {
+        let why = format!("{data} has no labelled volume in the {:?} split", options.split);
+        return Err(TrainerError::Report(why.to_lowercase()));
+    }
+    let names: Vec<String> = dataset.manifest().classes.iter().skip(1).cloned().collect();
+    let summary = Summary::of([cases], &names, &settings)
+        .map_err(|error| TrainerError::Report(error.to_string()))?;
+    Ok(Evaluated { step: checkpoint.manifest.step, summary })
+}
+
+async fn pick(run: &Store, pick: Pick) -> Result<Checkpoint, TrainerError> {
+    let none = || TrainerError::Report(format!("{} has no whole checkpoint", run.url()));
+    match pick {
+        Pick::At(step) => Ok(checkpoint::load(run, step).await?),
+        Pick::Latest => checkpoint::load_latest(run).await?.ok_or_else(none),
+        Pick::Best => {
+            let newest = checkpoint::load_latest(run).await?.ok_or_else(none)?;
+            let best = history(&newest).best().map_or(newest.manifest.step, |best| Step(best.step));
+            if best == newest.manifest.step {
+                Ok(newest)
+            } else {
+                Ok(checkpoint::load(run, best).await?)
+            }
+        }
+    }
+}
+
+fn history(checkpoint: &Checkpoint) -> RunHistory {
+    let lines = checkpoint.state.0.get("history").and_then(|history| history.as_str());
+    lines.map(|lines| RunHistory::from_json_lines(lines.as_bytes())).unwrap_or_default()
+}
+
+/// The network of a run with a checkpoint's weights.
+fn trained(
+    config: &RunConfig,
+    checkpoint: &Checkpoint,
+    dataset: &Dataset,
+) -> Result<DbpNet, TrainerError> {
+    let classes = dataset.manifest().classes.len() as i64;
+    let net = DbpNet::new(network(config, classes), tch::Device::Cpu, config.train.seed)?;
+    net.params().load_host(&persist::unnamed(&checkpoint.model)?)?;
+    Ok(net)
+}

@@ -7,6 +7,7 @@ mod support;
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -49,9 +50,12 @@ fn a_stop_checkpoints_exits_75_and_the_same_command_goes_on_with_fewer_workers_t
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let many = ["train.iterations=100000", "checkpoint.every=100000"];
-    let mut child = launch(folder.path(), &data, "run", 2, &many).spawn().unwrap();
+    // As a terminal's Ctrl-C does it: to every process of the group.
+    let mut command = launch(folder.path(), &data, "run", 2, &many);
+    let mut child = command.process_group(0).spawn().unwrap();
     wait_for_a_step(&mut child);
-    signal(i32::try_from(child.id()).unwrap(), rustix::process::Signal::INT);
+    let group = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    rustix::process::kill_process_group(group, rustix::process::Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(75), "{}", text(&output.stderr));
 

@@ -43,6 +43,9 @@ impl Family {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
+            // Ctrl-C reaches the launcher alone: the others, the S3 server among them, are needed
+            // until the last checkpoint is written.
+            .process_group(0)
             .kill_on_drop(true);
         Ok(command)
     }

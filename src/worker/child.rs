@@ -73,6 +73,8 @@ impl TrainerChild {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)
+            // Ctrl-C is for whoever decides: the trainer stops by order, after a checkpoint.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
         let orders = child.stdin.take();

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use super::import::{self, ImportArguments};
 use super::run::{self, BackendArgument, Resume};
 use super::{Failure, doctor, gpus, sibling, threads_each};
 use crate::checkpoint;
@@ -157,20 +158,7 @@ enum Data {
         patients: Option<u32>,
     },
     /// Imports a dataset.
-    Import {
-        /// Its form: acdc-h5 (the SSL4MIS preparation).
-        #[arg(long, value_parser = ["acdc-h5"])]
-        from: String,
-        /// Folder of the files.
-        #[arg(long = "in")]
-        input: PathBuf,
-        /// Folder of the lists, if it is another one.
-        #[arg(long)]
-        lists: Option<PathBuf>,
-        /// Where the dataset goes.
-        #[arg(long)]
-        out: String,
-    },
+    Import(Box<ImportArguments>),
     /// Re-reads everything and checks every hash.
     Verify {
         /// The dataset.
@@ -303,14 +291,7 @@ async fn dataset(command: Data) -> Result<i32, Failure> {
                 .map_err(Failure::failed)?;
             Ok(EXIT_DONE)
         }
-        Data::Import { input, lists, out, .. } => {
-            let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
-            let source = data::import::acdc_h5::AcdcSource { files: input, lists };
-            data::import::acdc_h5::import(&source, Arc::new(store), threads_each(1) as usize)
-                .await
-                .map_err(Failure::failed)?;
-            Ok(EXIT_DONE)
-        }
+        Data::Import(arguments) => import::import(*arguments).await,
         Data::Verify { url, json } => {
             let verified = data::report::verify(&open(&url)?, threads_each(1) as usize);
             print(&verified, json)?;

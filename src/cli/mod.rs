@@ -6,6 +6,7 @@
 pub mod commands;
 pub mod doctor;
 pub mod gpus;
+pub mod import;
 pub mod launch;
 pub mod local;
 pub mod run;

@@ -74,7 +74,8 @@ pub struct VolumeEntry {
     /// Millimetres between voxels along (slice, row, column); absent where the source has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spacing_mm: Option<[f64; 3]>,
-    /// Voxel index to patient space, rows of a 4 x 4 matrix.
+    /// Voxel index (slice, row, column) to patient space (right, anterior, superior) in
+    /// millimetres, rows of a 4 x 4 matrix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affine: Option<[[f64; 4]; 4]>,
     /// Row of its first slice within its split.

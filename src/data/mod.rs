@@ -3,7 +3,7 @@
 //! [`manifest`] and [`shard`] are the bytes at rest; [`mod@write`] makes them and [`dataset`] reads
 //! them, verified. [`sampler`] is the deal: a pure function from (seed, step, slot) to a sample.
 //! [`loader`] joins the two on threads of its own. [`import`] and [`synth`] are where datasets come
-//! from. No tensor type, no clock and no network client is reachable from here: storage is the
+//! from, [`nifti`] is a format they come in. No tensor type, no clock and no network client is reachable from here: storage is the
 //! small trait in [`source`].
 
 pub mod augment;
@@ -13,6 +13,7 @@ mod error;
 pub mod import;
 pub mod loader;
 pub mod manifest;
+pub mod nifti;
 pub mod permutation;
 pub mod report;
 pub mod sampler;

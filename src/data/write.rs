@@ -52,7 +52,7 @@ pub struct NewSlice {
     pub slice: u32,
     /// Height and width.
     pub shape: Shape,
-    /// Intensities, row by row, in [0, 1] per volume.
+    /// Intensities, row by row; in [0, 1] per volume, unless an import was asked for z-scores.
     pub image: Vec<f32>,
     /// Class of each pixel, where it is known.
     pub label: Option<Vec<u8>>,
@@ -69,7 +69,7 @@ pub struct NewVolume {
     pub split: Split,
     /// Millimetres between voxels along (slice, row, column).
     pub spacing_mm: Option<[f64; 3]>,
-    /// Voxel index to patient space.
+    /// Voxel index (slice, row, column) to patient space in millimetres.
     pub affine: Option<[[f64; 4]; 4]>,
     /// Its slices.
     pub slices: Vec<NewSlice>,

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use hdf5_reader::{Hdf5File, OpenOptions};
 
+use super::side_by_side;
 use crate::data::error::DataError;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
@@ -57,7 +58,7 @@ pub async fn import(
     while !plans.is_empty() {
         // A few volumes at a time: what bounds memory.
         let chunk: Vec<VolumePlan> = plans.drain(..plans.len().min(threads.max(1) * 2)).collect();
-        for volume in read_volumes(&folders, &chunk, threads) {
+        for volume in side_by_side(&chunk, threads, |plan| read_volume(&folders, plan)) {
             writer.add(volume?).await?;
         }
     }
@@ -163,27 +164,6 @@ fn whole_volumes(names: &[String], split: Split) -> Result<Vec<VolumePlan>, Data
 
 fn patient_of(volume: &str) -> Option<&str> {
     volume.split_once("_frame").map(|(patient, _)| patient).filter(|patient| !patient.is_empty())
-}
-
-/// Reads `plans`, in order, side by side on up to `threads` threads.
-fn read_volumes(
-    folders: &[PathBuf],
-    plans: &[VolumePlan],
-    threads: usize,
-) -> Vec<Result<NewVolume, DataError>> {
-    let per_thread = plans.len().div_ceil(threads.max(1)).max(1);
-    std::thread::scope(|scope| {
-        let parts: Vec<_> = plans
-            .chunks(per_thread)
-            .map(|part| {
-                let read = || part.iter().map(|plan| read_volume(folders, plan)).collect();
-                scope.spawn(read)
-            })
-            .collect();
-        let failed = |_| vec![Err(DataError::Thread("an import thread panicked".to_owned()))];
-        let joined = parts.into_iter().map(|part| part.join().unwrap_or_else(failed));
-        joined.collect::<Vec<Vec<_>>>().into_iter().flatten().collect()
-    })
 }
 
 fn read_volume(folders: &[PathBuf], plan: &VolumePlan) -> Result<NewVolume, DataError> {

@@ -1,0 +1,134 @@
+//! Label maps and images to bytes: little-endian, one sform, no extensions. The same input makes
+//! the same bytes, gzipped or not.
+
+use std::io::Write;
+use std::path::Path;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+
+use super::error::NiftiError;
+use super::header::{DATA_OFFSET_MIN, Geometry, HEADER_BYTES, Kind};
+use crate::data::error::DataError;
+
+/// `NIFTI_XFORM_SCANNER_ANAT`: the affine leads to the patient's space.
+const SCANNER: i16 = 1;
+
+/// `NIFTI_UNITS_MM`.
+const MILLIMETRES: u8 = 2;
+
+/// What to write, `[frame, z, y, x]`, x fastest.
+#[derive(Debug, Clone, Copy)]
+pub enum Voxels<'a> {
+    /// Classes, stored as they are.
+    Labels(&'a [u8]),
+    /// Intensities or probabilities.
+    Floats(&'a [f32]),
+}
+
+impl Voxels<'_> {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Labels(_) => Kind::U8,
+            Self::Floats(_) => Kind::F32,
+        }
+    }
+
+    fn len(self) -> usize {
+        match self {
+            Self::Labels(voxels) => voxels.len(),
+            Self::Floats(voxels) => voxels.len(),
+        }
+    }
+}
+
+/// Writes `voxels` to `path`, gzipped if its name ends in `.gz`. The geometry is usually that of
+/// the file which the voxels were computed from.
+///
+/// # Errors
+/// [`DataError::Invalid`] for voxels that do not fit the geometry, [`DataError::Write`] for what
+/// the file system refuses.
+pub fn write_file(path: &Path, geometry: &Geometry, voxels: Voxels<'_>) -> Result<(), DataError> {
+    let gzip = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gz"));
+    let bytes = encode(geometry, voxels, gzip)
+        .map_err(|error| DataError::invalid(path.display().to_string(), error))?;
+    std::fs::write(path, bytes).map_err(|error| DataError::Write {
+        object: path.display().to_string(),
+        source: error.into(),
+    })
+}
+
+/// The bytes of a `.nii` file, or with `gzip` of a `.nii.gz`.
+///
+/// # Errors
+/// [`NiftiError::Unwritable`]: the voxels do not fit the geometry, or NIfTI-1 cannot express it.
+pub fn encode(geometry: &Geometry, voxels: Voxels<'_>, gzip: bool) -> Result<Vec<u8>, NiftiError> {
+    let count = geometry.shape.iter().try_fold(1_usize, |all, side| all.checked_mul(*side));
+    if count != Some(voxels.len()) {
+        let why = format!("{} voxels for a shape of {:?}", voxels.len(), geometry.shape);
+        return Err(NiftiError::Unwritable(why));
+    }
+    let header = header(geometry, voxels.kind())?;
+    let mut bytes = Vec::new();
+    if gzip {
+        let mut packed = GzEncoder::new(&mut bytes, Compression::default());
+        write(&mut packed, &header, voxels)?;
+        packed.finish()?;
+    } else {
+        write(&mut bytes, &header, voxels)?;
+    }
+    Ok(bytes)
+}
+
+fn write(to: &mut impl Write, header: &[u8], voxels: Voxels<'_>) -> Result<(), NiftiError> {
+    to.write_all(header)?;
+    match voxels {
+        Voxels::Labels(voxels) => to.write_all(voxels)?,
+        Voxels::Floats(voxels) => {
+            for part in voxels.chunks(1 << 14) {
+                let part: Vec<u8> = part.iter().flat_map(|value| value.to_le_bytes()).collect();
+                to.write_all(&part)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn header(geometry: &Geometry, kind: Kind) -> Result<Vec<u8>, NiftiError> {
+    let mut header = vec![0; DATA_OFFSET_MIN as usize];
+    let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
+    let single = |value: f64| {
+        let single = value as f32;
+        let why = || NiftiError::Unwritable(format!("{value} is no 32-bit number"));
+        single.is_finite().then_some(single.to_le_bytes()).ok_or_else(why)
+    };
+    put(0, &(HEADER_BYTES as u32).to_le_bytes());
+    put(38, b"r"); // Analyze's `regular`, which some programs still look for
+    let used = if geometry.shape[3] > 1 { 4_i16 } else { 3 };
+    put(40, &used.to_le_bytes());
+    for at in 0..7 {
+        let side = geometry.shape.get(at).copied().unwrap_or(1);
+        let side = i16::try_from(side).ok().filter(|side| *side > 0).ok_or_else(|| {
+            NiftiError::Unwritable(format!("a side of {side} voxels is not 1..={}", i16::MAX))
+        })?;
+        put(42 + 2 * at, &side.to_le_bytes());
+    }
+    put(70, &kind.code().to_le_bytes());
+    put(72, &((kind.bytes() * 8) as i16).to_le_bytes());
+    put(76, &single(1.0)?);
+    for (at, size) in geometry.spacing_mm.unwrap_or_default().into_iter().enumerate() {
+        put(80 + 4 * at, &single(size)?);
+    }
+    put(108, &single(DATA_OFFSET_MIN as f64)?);
+    put(112, &single(1.0)?);
+    put(123, &[MILLIMETRES]);
+    put(148, b"cpcr");
+    if let Some(affine) = geometry.affine {
+        put(254, &SCANNER.to_le_bytes());
+        for (at, value) in affine[..3].iter().flatten().enumerate() {
+            put(280 + 4 * at, &single(*value)?);
+        }
+    }
+    put(344, b"n+1\0");
+    Ok(header)
+}

@@ -32,6 +32,7 @@ fn run(folder: &Path, data: &Path, nodes: u32, precision: &str, set: &[&str]) ->
         "batch.unlabelled=4",
         "model.dropout=[0.0, 0.0, 0.0, 0.0, 0.0]",
         "model.aux_dropout=0.0",
+        "model.sync_batch_norm=true",
         &precision,
     ];
     let set: Vec<&str> = always.iter().chain(set).copied().collect();

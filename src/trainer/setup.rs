@@ -96,11 +96,6 @@ impl Trainer {
         let loader = Loader::start(dataset.clone(), loader_plan(&config, assignment, step, total))?;
         let schedule =
             Schedule::new(&config.loss, config.method, loader.deal().labelled_epoch_steps());
-        let objective = Objective {
-            temperature: config.loss.temperature,
-            global_dice: config.loss.global_dice,
-            ..Objective::default()
-        };
         let writer = match assignment.rank {
             Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
             _ => None,
@@ -121,7 +116,7 @@ impl Trainer {
             record_every: (total.0 / RECORDS_MAX).max(1),
             net,
             sgd,
-            objective,
+            objective: objective(&config),
             schedule,
             loader,
             dataset,
@@ -175,6 +170,15 @@ impl Trainer {
             }
         }
         Ok(())
+    }
+}
+
+/// The objective that a configuration asks for; its weights are the schedule's.
+fn objective(config: &RunConfig) -> Objective {
+    Objective {
+        temperature: config.loss.temperature,
+        global_dice: config.loss.global_dice,
+        ..Objective::default()
     }
 }
 

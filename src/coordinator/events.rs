@@ -81,10 +81,8 @@ pub enum Event {
         generation: Generation,
         /// Exit status, or 128 + signal.
         status: i32,
-        /// What the agent saw and the trainer said.
+        /// What the agent saw, or what the trainer said.
         evidence: String,
-        /// Whether another generation may do better.
-        curable: bool,
     },
     /// The user or the platform wants the run to checkpoint and end.
     StopRequested {

@@ -150,8 +150,6 @@ struct Agent {
 struct LastWords {
     generation: u64,
     text: String,
-    status: i32,
-    curable: bool,
 }
 
 fn event_of(
@@ -181,31 +179,29 @@ fn event_of(
             agent_message::Kind::Exit(exit) => {
                 let words = agents.get_mut(&node).and_then(|agent| agent.last_words.take());
                 let words = words.filter(|words| words.generation == exit.generation);
-                // A trainer that was killed said nothing, and may live next time.
-                let curable = words.as_ref().is_none_or(|words| words.curable);
                 let evidence = match words {
                     Some(words) => format!("failed: {}", words.text),
                     None => exit.evidence,
                 };
                 let generation = Generation(exit.generation);
                 let status = exit.status;
-                Some(Event::TrainerExited { node, generation, status, evidence, curable })
+                Some(Event::TrainerExited { node, generation, status, evidence })
             }
             agent_message::Kind::Report(report) => match relay(&report, status) {
                 Said::Nothing => Some(Event::Heard { node }),
                 Said::Progress => Some(Event::Progressed { node }),
-                Said::LastWords(words) => {
-                    let failed = Event::TrainerFailed {
+                Said::LastWords { text, status, curable } => {
+                    if let Some(agent) = agents.get_mut(&node) {
+                        let generation = report.generation;
+                        agent.last_words = Some(LastWords { generation, text: text.clone() });
+                    }
+                    Some(Event::TrainerFailed {
                         node,
                         generation: Generation(report.generation),
-                        evidence: words.text.clone(),
-                        status: words.status,
-                        curable: words.curable,
-                    };
-                    if let Some(agent) = agents.get_mut(&node) {
-                        agent.last_words = Some(words);
-                    }
-                    Some(failed)
+                        evidence: text,
+                        status,
+                        curable,
+                    })
                 }
             },
         },
@@ -219,7 +215,7 @@ enum Said {
     /// It gets on.
     Progress,
     /// Why it fails.
-    LastWords(LastWords),
+    LastWords { text: String, status: i32, curable: bool },
 }
 
 /// Puts a trainer's event where watchers see it. Step events are rank 0's only.
@@ -243,7 +239,7 @@ fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) 
             Said::Nothing
         }
         Ok(TrainerEvent::Failed { text, status, curable }) => {
-            Said::LastWords(LastWords { generation: report.generation, text, status, curable })
+            Said::LastWords { text, status, curable }
         }
         Ok(_) => Said::Nothing,
         Err(error) => {

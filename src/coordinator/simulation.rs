@@ -39,18 +39,6 @@ fn exited(node: u32, generation: u64, status: i32) -> Event {
         generation: Generation(generation),
         status,
         evidence: format!("exited with {status}"),
-        curable: true,
-    }
-}
-
-/// A trainer that failed over something no restart cures.
-fn hopeless(node: u32) -> Event {
-    Event::TrainerExited {
-        node: NodeId(node),
-        generation: Generation(1),
-        status: 1,
-        evidence: "failed: a shard is damaged".to_owned(),
-        curable: false,
     }
 }
 
@@ -163,7 +151,7 @@ fn what_no_restart_cures_ends_the_run_at_once_whoever_leaves_first() {
         curable: false,
     };
     for victims in 0..2 {
-        for (event, wanted) in [(hopeless(2), 1), (said(1), 1), (said(2), 2)] {
+        for (event, wanted) in [(said(1), 1), (said(2), 2)] {
             let mut state = all_here();
             for victim in 0..victims {
                 state.apply(second, exited(victim, 1, 1));

@@ -59,14 +59,6 @@ pub enum Phase {
     },
 }
 
-/// A trainer's end, as [`Event::TrainerExited`] tells it.
-struct Exit<'a> {
-    node: NodeId,
-    status: i32,
-    evidence: &'a str,
-    curable: bool,
-}
-
 /// The whole state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
@@ -141,10 +133,9 @@ impl State {
                     member.last_seen = now;
                 }
             }
-            Event::TrainerExited { node, generation, status, evidence, curable } => {
+            Event::TrainerExited { node, generation, status, evidence } => {
                 if generation == self.generation {
-                    let exit = Exit { node, status, evidence: &evidence, curable };
-                    self.trainer_exited(now, &exit, &mut effects);
+                    self.trainer_exited(now, node, status, &evidence, &mut effects);
                 }
             }
             // Its peers, who will miss it, may leave first: what no restart cures ends the run now.
@@ -259,15 +250,20 @@ impl State {
         self.drained(now);
     }
 
-    fn trainer_exited(&mut self, now: Now, exit: &Exit, effects: &mut Vec<Effect>) {
+    fn trainer_exited(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        status: i32,
+        evidence: &str,
+        effects: &mut Vec<Effect>,
+    ) {
         match &mut self.phase {
             Phase::Training { ranks, left, .. } => {
-                let Some(rank) = ranks.get(&exit.node).copied() else { return };
-                let why =
-                    || format!("the trainer of node {} (rank {rank}) {}", exit.node, exit.evidence);
-                match exit.status {
+                let Some(rank) = ranks.get(&node).copied() else { return };
+                match status {
                     EXIT_DONE | EXIT_RESUMABLE => {
-                        left.insert(exit.node, exit.status);
+                        left.insert(node, status);
                         if left.len() == ranks.len() {
                             let stopped = left.values().any(|&s| s == EXIT_RESUMABLE);
                             let (status, reason) = if stopped {
@@ -278,23 +274,18 @@ impl State {
                             self.finish(status, reason.to_owned(), effects);
                         }
                     }
-                    EXIT_USAGE => self.finish(EXIT_USAGE, exit.evidence.to_owned(), effects),
-                    _ if !exit.curable => self.finish(EXIT_FAILED, why(), effects),
+                    EXIT_USAGE => self.finish(EXIT_USAGE, evidence.to_owned(), effects),
                     _ => {
-                        self.lose_generation(now, why(), effects);
+                        let why = format!("the trainer of node {node} (rank {rank}) {evidence}");
+                        self.lose_generation(now, why, effects);
                         if let Phase::Draining { waiting_for, .. } = &mut self.phase {
-                            waiting_for.remove(&exit.node);
+                            waiting_for.remove(&node);
                         }
                     }
                 }
             }
-            // A victim may leave before the one whose failure no restart can cure.
-            Phase::Draining { .. } if !exit.curable => {
-                let why = format!("the trainer of node {} {}", exit.node, exit.evidence);
-                self.finish(EXIT_FAILED, why, effects);
-            }
             Phase::Draining { waiting_for, .. } => {
-                waiting_for.remove(&exit.node);
+                waiting_for.remove(&node);
             }
             _ => {}
         }

@@ -30,6 +30,7 @@ pub mod collective;
 pub mod model;
 
 pub mod loss;
+pub mod method;
 
 pub mod eval;
 

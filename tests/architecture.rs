@@ -22,6 +22,7 @@ const ORDER: &[&str] = &[
     "collective",
     "model",
     "loss",
+    "method",
     "eval",
     "coordinator",
     "worker",
@@ -44,13 +45,18 @@ const BANS: &[(&str, &[&str], &str)] = &[
         "an objective is a function of tensors; it knows no storage or configuration",
     ),
     (
+        "method",
+        &["config", "telemetry", "proto", "store", "data", "checkpoint", "collective"],
+        "a method is a function of tensors and networks; the trainer builds it from a configuration",
+    ),
+    (
         "coordinator",
-        &["bridge", "collective", "model", "loss", "eval"],
+        &["bridge", "collective", "model", "loss", "method", "eval"],
         "the coordinator knows nothing of tensors",
     ),
     (
         "worker",
-        &["bridge", "collective", "model", "loss", "eval", "coordinator"],
+        &["bridge", "collective", "model", "loss", "method", "eval", "coordinator"],
         "the agent is small and cannot hang: no tensors, and only the wire between it and the coordinator",
     ),
     (
@@ -62,7 +68,7 @@ const BANS: &[(&str, &[&str], &str)] = &[
 
 /// The modules that may name `tch` or `torch_sys`. `bridge` is how the others reach what tch lacks.
 const TENSOR_MODULES: &[&str] =
-    &["bridge", "collective", "model", "loss", "eval", "trainer", "bench"];
+    &["bridge", "collective", "model", "loss", "method", "eval", "trainer", "bench"];
 
 /// The lines that a file may have.
 const LINES_MAX: usize = 500;

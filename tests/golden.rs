@@ -11,10 +11,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use cpcr::bridge::{cuda, ops};
-use cpcr::loss::{Alone, Counts, Objective, Path, StepLoss, TermWeights, focal, rampup::RampUp};
+use cpcr::loss::{
+    Alone, Counts, Objective, Path, StepLoss, TermWeights, cross_entropy, focal, rampup::RampUp,
+};
+use cpcr::method::{Consistency, McNet, Method, Passes, StepInput, Urpc};
 use cpcr::model::{
-    DbpNet, DbpNetConfig, DecoderDraws, Draws, Dropout, Heads, HostTensor, Layout, Noise, Outputs,
-    Pyramid, Sgd, Statistics, UpMode, feature_dropout,
+    DecoderDraws, Draws, Dropout, Heads, HostTensor, Layout, Network, NetworkConfig, Noise,
+    Outputs, Pyramid, Sgd, Statistics, UpMode, feature_dropout,
 };
 use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
@@ -106,29 +109,39 @@ fn state(golden: &Golden, prefix: &str) -> Vec<HostTensor> {
 }
 
 /// A network with the sizes and weights under a prefix.
-fn network(golden: &Golden, prefix: &str, up: [UpMode; 2], layout: Layout) -> DbpNet {
+fn network(golden: &Golden, prefix: &str, up: &[UpMode], layout: Layout) -> Network {
     let size = |name: &str| golden[&format!("{prefix}{name}")].size();
     let first = size("encoder.in_conv.conv_conv.0.weight");
     let mut widths = [first[0]; 5];
     for (i, width) in widths.iter_mut().enumerate().skip(1) {
         *width = size(&format!("encoder.down{i}.maxpool_conv.1.conv_conv.0.weight"))[0];
     }
-    let classes = size("decoder1.out_conv.weight")[0];
+    let decoder = if up.len() == 1 { "decoder" } else { "decoder1" };
+    let classes = size(&format!("{decoder}.out_conv.weight"))[0];
+    let pyramid = golden.contains_key(&format!("{prefix}{decoder}.out_conv_dp1.weight"));
     let in_channels = first[1];
-    let config =
-        DbpNetConfig { in_channels, classes, widths, up, layout, ..DbpNetConfig::default() };
-    let net = DbpNet::new(config, golden[&format!("{prefix}decoder1.out_conv.weight")].device(), 0)
-        .unwrap();
+    let config = NetworkConfig {
+        in_channels,
+        classes,
+        widths,
+        up: up.to_vec(),
+        pyramid,
+        layout,
+        ..NetworkConfig::default()
+    };
+    let net =
+        Network::new(config, golden[&format!("{prefix}{decoder}.out_conv.weight")].device(), 0)
+            .unwrap();
     net.params().load_host(&state(golden, prefix)).unwrap();
     net
 }
 
-fn check_forward(file: &str, up: [UpMode; 2]) {
+fn check_forward(file: &str, up: &[UpMode], predictions: usize) {
     for (device, layout) in places() {
         let g = golden_on(file, device);
         let net = network(&g, "w.", up, layout);
         let all = net.forward_eval_all(&g["x"]).unwrap();
-        assert_eq!(all.len(), 8);
+        assert_eq!(all.len(), predictions);
         for (i, ours) in all.iter().enumerate() {
             close(
                 &format!("{file} out.{i} {device:?} {layout:?}"),
@@ -140,26 +153,36 @@ fn check_forward(file: &str, up: [UpMode; 2]) {
         let main = net.forward_eval(&g["x"]).unwrap();
         close("decoder 1 alone", &main, &g["out.0"], 1e-5);
         let mean = net.forward_eval_mean(&g["x"]).unwrap();
-        let theirs = (g["out.0"].softmax(1, Kind::Float) + g["out.4"].softmax(1, Kind::Float)) / 2;
-        close("mean of both", &mean, &theirs, 1e-5);
+        let each = predictions / up.len();
+        let mains: Vec<Tensor> = (0..up.len())
+            .map(|d| g[&format!("out.{}", d * each)].softmax(1, Kind::Float))
+            .collect();
+        let theirs = Tensor::stack(&mains, 0).mean_dim([0i64].as_slice(), false, Kind::Float);
+        close("mean of the decoders", &mean, &theirs, 1e-5);
     }
 }
 
 #[test]
 fn forward_bilinear_and_transposed() {
-    check_forward("forward_dbpnet", [UpMode::Bilinear, UpMode::Transposed]);
+    check_forward("forward_dbpnet", &[UpMode::Bilinear, UpMode::Transposed], 8);
 }
 
 #[test]
 fn forward_nearest_and_bicubic() {
-    check_forward("forward_dbpnet_nearest_bicubic", [UpMode::Nearest, UpMode::Bicubic]);
+    check_forward("forward_dbpnet_nearest_bicubic", &[UpMode::Nearest, UpMode::Bicubic], 8);
+}
+
+#[test]
+fn forward_of_urpc_and_mcnet() {
+    check_forward("forward_urpc", &[UpMode::Bilinear], 4);
+    check_forward("forward_mcnet", &[UpMode::Bilinear, UpMode::Transposed], 2);
 }
 
 #[test]
 fn a_state_survives_export_under_the_references_names() {
     let g = golden("forward_dbpnet");
     for layout in LAYOUTS {
-        let net = network(&g, "w.", [UpMode::Bilinear, UpMode::Transposed], layout);
+        let net = network(&g, "w.", &[UpMode::Bilinear, UpMode::Transposed], layout);
         let mut ours = net.params().to_host().unwrap();
         ours.sort_by(|a, b| a.name.cmp(&b.name));
         assert_eq!(ours, state(&g, "w."));
@@ -175,7 +198,8 @@ fn outputs(g: &Golden, layout: Layout) -> Outputs {
         main: get(format!("{d}.0")),
         aux: Some([1, 2, 3].map(|s| get(format!("{d}.{s}.low")))),
     };
-    Outputs { d1: pyramid("d1"), d2: pyramid("d2"), statistics: Statistics::default() }
+    let decoders = vec![pyramid("d1"), pyramid("d2")];
+    Outputs { decoders, statistics: Statistics::default() }
 }
 
 fn term(loss: &StepLoss, name: &str) -> f64 {
@@ -267,6 +291,76 @@ fn focal_loss_and_cross_entropy() {
     }
 }
 
+/// The outputs of decoders whose full-size logits are given, pyramids of `each` predictions.
+fn leaves(g: &Golden, each: usize) -> (Vec<Tensor>, Outputs) {
+    let all: Vec<Tensor> = (0..)
+        .map_while(|i| g.get(&format!("logits.{i}")))
+        .map(|t| t.detach().copy().set_requires_grad(true))
+        .collect();
+    let pyramid = |heads: &[Tensor]| Pyramid {
+        main: heads[0].shallow_clone(),
+        // Full-size maps: bringing them to full size changes nothing.
+        aux: (each == 4).then(|| [1, 2, 3].map(|i: usize| heads[i].shallow_clone())),
+    };
+    let decoders = all.chunks(each).map(pyramid).collect();
+    (all, Outputs { decoders, statistics: Statistics::default() })
+}
+
+/// Terms, total and gradients of a method whose weight on consistency is the file's 0.05.
+fn check_method(file: &str, method: &dyn Method, each: usize, terms: &[&str]) {
+    for device in devices() {
+        let g = golden_on(file, device);
+        let samples = g["label"].size()[0];
+        let labels = g["label"].narrow(0, 0, samples / 2);
+        let (leaves, outputs) = leaves(&g, each);
+        let step = StepInput {
+            images: &leaves[0],
+            labels: &labels,
+            samples: &[],
+            counts: alone(samples, samples / 2),
+            done: 0,
+            seed: 1,
+            rank: 0,
+            sync: None,
+            ranks: &Alone,
+            global_dice: true,
+        };
+        let passes = Passes { outputs: vec![outputs], targets: Vec::new() };
+        let loss = method.loss(&passes, &step).unwrap();
+        for name in terms {
+            close_value(&format!("{file} {name}"), term(&loss, name), &g[*name], 1e-5);
+        }
+        if let Some(supervised) = g.get("supervised") {
+            let ours = 0.5 * (term(&loss, "dice") + term(&loss, "ce"));
+            close_value(&format!("{file} supervised"), ours, supervised, 1e-5);
+        }
+        ops::backward(&loss.roots, &loss.grads).unwrap();
+        let grads: Vec<&Tensor> = (0..leaves.len()).map(|i| &g[&format!("grad.{i}")]).collect();
+        let scale = grads.iter().map(|t| top(t)).fold(0.0, f64::max);
+        for (i, (ours, theirs)) in leaves.iter().zip(&grads).enumerate() {
+            near(&format!("{file} grad.{i}"), &ours.grad(), theirs, 1e-4, scale);
+        }
+    }
+}
+
+fn always(weight: f64) -> Consistency {
+    Consistency { warm_up: 0, ramp: RampUp { top: weight, length: 0, every: 1 } }
+}
+
+#[test]
+fn the_losses_of_urpc_and_mcnet() {
+    // URPC halves lambda.
+    check_method("loss_urpc", &Urpc { consistency: always(0.1) }, 4, &["consistency", "total"]);
+    let mcnet = McNet { consistency: always(0.05) };
+    check_method("loss_mcnet", &mcnet, 1, &["dice", "consistency", "total"]);
+    // The main head's cross-entropy alone.
+    let g = golden("loss_urpc");
+    let n = g["label"].size()[0] / 2;
+    let labels = g["label"].narrow(0, 0, n).to_kind(Kind::Int64);
+    let sum = cross_entropy::sum(&g["logits.0"].narrow(0, 0, n), &labels).unwrap();
+    close_value("ce", sum.double_value(&[]) / labels.numel() as f64, &g["ce"], 1e-5);
+}
+
 #[test]
 fn feature_dropout_keeps_the_less_active_places() {
     let g = golden("perturb");
@@ -294,7 +388,7 @@ fn three_training_steps() {
     for (device, layout) in places() {
         let g = golden_on("train3_cpcr", device);
         let weights = TermWeights { kd_aux: g["consistency_weight"].double_value(&[]), ..WEIGHTS };
-        let net = network(&g, "w0.", [UpMode::Bilinear, UpMode::Transposed], layout);
+        let net = network(&g, "w0.", &[UpMode::Bilinear, UpMode::Transposed], layout);
         let names = net.trained(Heads::All);
         let mut sgd = Sgd::new(0.01, 0.9, 1e-4);
         for step in 0..g["x"].size()[0] {
@@ -340,7 +434,7 @@ fn three_training_steps() {
 }
 
 /// Every gradient of the file has its parameter, and the other way round.
-fn check_gradients(g: &Golden, net: &DbpNet, names: &[String]) {
+fn check_gradients(g: &Golden, net: &Network, names: &[String]) {
     let theirs: Vec<&str> = g.keys().filter_map(|n| n.strip_prefix("grad0.")).collect();
     let mut ours: Vec<&str> = names.iter().map(String::as_str).collect();
     ours.sort_unstable();
@@ -364,8 +458,8 @@ fn at_the_papers_widths_both_memory_orders_agree() {
     let x = Tensor::rand([2, 1, 64, 64], (Kind::Float, Device::Cpu));
     let labels = Tensor::randint(4, [1, 64, 64], (Kind::Uint8, Device::Cpu));
     let run = |layout: Layout| {
-        let config = DbpNetConfig { layout, ..DbpNetConfig::default() };
-        let net = DbpNet::new(config, Device::Cpu, 3).unwrap();
+        let config = NetworkConfig { layout, ..NetworkConfig::default() };
+        let net = Network::new(config, Device::Cpu, 3).unwrap();
         let eval = net.forward_eval_all(&x).unwrap();
         let draws = Draws { dropout: Dropout::Off, ..Draws::keyed(1, 2, 0) };
         let out = net.forward_train(&x, &draws, Heads::All, None).unwrap();
@@ -381,7 +475,7 @@ fn at_the_papers_widths_both_memory_orders_agree() {
     }
     assert!((our_total - total).abs() <= 1e-5 * total, "{our_total} and {total}");
     let trained = planar.trained(Heads::All);
-    let grad = |net: &DbpNet, name: &str| net.params().get(name).unwrap().grad();
+    let grad = |net: &Network, name: &str| net.params().get(name).unwrap().grad();
     let scale = trained.iter().map(|name| top(&grad(&planar, name))).fold(0.0, f64::max);
     for name in &trained {
         near(name, &grad(&ours, name), &grad(&planar, name), 1e-4, scale);

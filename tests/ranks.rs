@@ -62,7 +62,7 @@ fn outputs(all: &[[Tensor; 2]], samples: &Tensor) -> Outputs {
         let get = |s: usize| ops::channels_last(&all[s][d].index_select(0, samples)).unwrap();
         Pyramid { main: get(0), aux: Some([1, 2, 3].map(get)) }
     };
-    Outputs { d1: pyramid(0), d2: pyramid(1), statistics: Statistics::default() }
+    Outputs { decoders: vec![pyramid(0), pyramid(1)], statistics: Statistics::default() }
 }
 
 const WEIGHTS: TermWeights =

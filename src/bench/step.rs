@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use crate::bridge::{alloc, ops};
 use crate::loss::{Alone, Counts, Objective, StepLoss, TermWeights};
 use crate::model::{
-    DbpNet, DbpNetConfig, DecoderDraws, Draws, Dropout, Heads, ModelError, Noise, Precision, Sgd,
+    DecoderDraws, Draws, Dropout, Heads, ModelError, Network, NetworkConfig, Noise, Precision, Sgd,
 };
 
 /// The peer, so that an installed binary has it too.
@@ -161,7 +161,7 @@ pub fn run(options: &StepOptions) -> Result<StepReport, StepBenchError> {
 
 /// A network, its optimiser and a batch.
 struct Trainer {
-    net: DbpNet,
+    net: Network,
     sgd: Sgd,
     all: Vec<Tensor>,
     x: Tensor,
@@ -171,13 +171,13 @@ struct Trainer {
 
 impl Trainer {
     fn new(options: &StepOptions, precision: Precision) -> Result<Self, StepBenchError> {
-        let config = DbpNetConfig {
+        let config = NetworkConfig {
             classes: options.classes,
             widths: options.widths,
             precision,
-            ..DbpNetConfig::default()
+            ..NetworkConfig::default()
         };
-        let net = DbpNet::new(config, Device::Cpu, 1337)?;
+        let net = Network::new(config, Device::Cpu, 1337)?;
         let all = net.params().parameters().map(|(_, t)| t.shallow_clone()).collect();
         let (n, side, labelled) = (options.batch, options.side, options.batch / 2);
         tch::manual_seed(1337);

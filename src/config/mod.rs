@@ -10,8 +10,8 @@ mod sections;
 
 pub use load::{ConfigSource, PRESETS, load, preset};
 pub use sections::{
-    Batch, Checkpoint, Data, Loader, Loss, Method, Model, Precision, Recovery, Train, UpMode,
-    Validate,
+    Batch, Checkpoint, Data, Loader, Loss, LrSchedule, Method, Model, Precision, Recovery, Train,
+    UpMode, Validate,
 };
 
 use std::collections::BTreeMap;
@@ -154,6 +154,9 @@ impl RunConfig {
                 self.loss.temperature.to_string(),
                 "a positive number",
             );
+        }
+        if !(0.0..1.0).contains(&self.loss.ema_decay) {
+            return fail("loss.ema_decay", self.loss.ema_decay.to_string(), "a number in [0, 1)");
         }
         if self.validate.every == 0 || self.checkpoint.every == 0 {
             return fail("validate.every, checkpoint.every", "0".to_owned(), "at least 1 (steps)");

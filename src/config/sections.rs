@@ -4,15 +4,52 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Which training objective (METHOD: the two presets of CPCR).
+/// Which training method; each is described where it is computed, in `method`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
-    /// Supervised part: Dice (the authors' code of 2025-03-30).
+    /// CPCR, supervised part: Dice (the authors' code of 2025-03-30).
     #[default]
     Cpcr,
-    /// Supervised part: Dice + Focal (the authors' code of 2025-05-11).
+    /// CPCR, supervised part: Dice + Focal (the authors' code of 2025-05-11).
     CpcrFocal,
+    /// The labelled stream alone: the lower bound.
+    Supervised,
+    /// Uncertainty rectified pyramid consistency.
+    Urpc,
+    /// Mutual consistency.
+    Mcnet,
+    /// Mean teacher; UA-MT with `loss.uncertainty_mask`.
+    MeanTeacher,
+    /// Cross pseudo supervision: two networks.
+    Cps,
+    /// Bidirectional copy-paste.
+    Bcp,
+}
+
+impl Method {
+    /// Every method, in the order in which they are told.
+    pub const ALL: [Self; 8] = [
+        Self::Supervised,
+        Self::Cpcr,
+        Self::CpcrFocal,
+        Self::Urpc,
+        Self::Mcnet,
+        Self::MeanTeacher,
+        Self::Cps,
+        Self::Bcp,
+    ];
+}
+
+/// How the learning rate goes over a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LrSchedule {
+    /// As it is.
+    #[default]
+    Constant,
+    /// lr (1 - t / iterations)^0.9, set after each step from the t before it.
+    Poly,
 }
 
 /// How a decoder doubles the size of its deep feature.
@@ -106,7 +143,7 @@ section!(
         entropy_weight: f64 = 0.1,
         /// Ceiling of the cross-pyramid consistency's ramp-up.
         consistency_weight: f64 = 0.1,
-        /// Labelled epochs in which only the supervised terms count.
+        /// Labelled epochs in which only the supervised terms count (BCP: in which only labelled images are mixed).
         warmup_epochs: u64 = 90,
         /// Ramp-up length, in units of `rampup_every` iterations.
         rampup_epochs: u64 = 200,
@@ -116,6 +153,10 @@ section!(
         temperature: f64 = 10.0,
         /// Dice over the whole batch, not over each worker's part of it.
         global_dice: bool = true,
+        /// How much of itself a teacher keeps in each step (mean-teacher, bcp).
+        ema_decay: f64 = 0.99,
+        /// mean-teacher: count only where the teacher is certain (UA-MT).
+        uncertainty_mask: bool = false,
     }
 );
 
@@ -128,12 +169,16 @@ section!(
         seed: u64 = 1337,
         /// Arithmetic of the step.
         precision: Precision = Precision::F32,
-        /// Learning rate, constant.
+        /// Learning rate.
         lr: f64 = 0.01,
+        /// How it goes over the run.
+        schedule: LrSchedule = LrSchedule::Constant,
         /// SGD momentum.
         momentum: f64 = 0.9,
         /// SGD weight decay, on every parameter that has a gradient.
         weight_decay: f64 = 1e-4,
+        /// A safetensors file in an object store with weights to start from.
+        init_from: Option<String> = None,
     }
 );
 

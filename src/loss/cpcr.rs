@@ -8,9 +8,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{LossError, dice, distill, entropy, focal, precise};
+use super::{Counts, LossError, StepLoss, dice, distill, entropy, focal, precise};
 use crate::bridge::ops::{self, PairTerms, SumOverRanks};
-use crate::model::Outputs;
+use crate::model::{Outputs, Pyramid};
 
 /// What [`StepLoss::terms`] holds, in order.
 pub const TERMS: [&str; 6] = ["dice", "focal", "kd_main", "entropy", "kd_aux", "total"];
@@ -35,54 +35,6 @@ impl TermWeights {
     #[must_use]
     pub fn needs_aux(&self) -> bool {
         self.kd_aux != 0.0
-    }
-}
-
-/// How many samples all ranks have together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Counts {
-    /// Ranks.
-    pub world: u32,
-    /// Labelled samples of the global batch.
-    pub labelled: u64,
-    /// All samples of the global batch.
-    pub samples: u64,
-}
-
-/// No other ranks: sums are what they are.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Alone;
-
-impl SumOverRanks for Alone {
-    fn sum_in_place(&self, _tensor: &Tensor) -> Result<(), String> {
-        Ok(())
-    }
-}
-
-/// What a step's losses are, and where they pull.
-#[derive(Debug)]
-pub struct StepLoss {
-    /// [`TERMS`], float64 `[6]`, before weights except `total`. This rank's share: the sum over
-    /// ranks is the value over the whole batch. Terms that were left out are 0.
-    pub terms: Tensor,
-    /// The logits that have a gradient.
-    pub roots: Vec<Tensor>,
-    /// d total / d root, times the number of ranks.
-    pub grads: Vec<Tensor>,
-}
-
-impl StepLoss {
-    /// The terms as numbers: waits for the device.
-    ///
-    /// # Errors
-    /// Where the copy fails.
-    pub fn values(&self) -> Result<Vec<(&'static str, f64)>, LossError> {
-        let host = self.terms.f_to_device(Device::Cpu)?;
-        let mut values = Vec::with_capacity(TERMS.len());
-        for (i, name) in TERMS.into_iter().enumerate() {
-            values.push((name, host.f_double_value(&[i as i64])?));
-        }
-        Ok(values)
     }
 }
 
@@ -150,7 +102,10 @@ impl Objective {
         counts: &Counts,
         ranks: &dyn SumOverRanks,
     ) -> Result<StepLoss, LossError> {
-        let main = [&outputs.d1.main, &outputs.d2.main];
+        let [one, two] = outputs.decoders.as_slice() else {
+            return Err(LossError::Input("two decoders' predictions are wanted".into()));
+        };
+        let main = [&one.main, &two.main];
         let size = main[0].size();
         let [_, _, h, w] = size[..] else {
             return Err(LossError::Input(format!("logits of shape {size:?}")));
@@ -181,7 +136,7 @@ impl Objective {
         let mut grads = vec![g1, g2];
         let zero = Tensor::f_zeros([1i64], (Kind::Double, device))?;
         let kd_aux = if weights.needs_aux() {
-            self.aux(outputs, weights, counts, &mut roots, &mut grads)?
+            self.aux([one, two], weights, counts, &mut roots, &mut grads)?
         } else {
             zero.shallow_clone()
         };
@@ -199,7 +154,7 @@ impl Objective {
         let factors = Tensor::f_from_slice(&factors)?.f_to_device(device)?;
         let total = terms.f_mul(&factors)?.f_sum(Kind::Double)?.f_view([1i64])?;
         let terms = Tensor::f_cat(&[terms, total], 0)?;
-        Ok(StepLoss { terms, roots, grads })
+        Ok(StepLoss { names: &TERMS, terms, roots, grads })
     }
 
     fn fused(&self, logits: &Tensor) -> bool {
@@ -237,13 +192,13 @@ impl Objective {
     /// The cross-pyramid term: distillation on the three coarse maps, over 3.
     fn aux(
         &self,
-        outputs: &Outputs,
+        decoders: [&Pyramid; 2],
         weights: &TermWeights,
         counts: &Counts,
         roots: &mut Vec<Tensor>,
         grads: &mut Vec<Tensor>,
     ) -> Result<Tensor, LossError> {
-        let (Some(one), Some(two)) = (&outputs.d1.aux, &outputs.d2.aux) else {
+        let (Some(one), Some(two)) = (&decoders[0].aux, &decoders[1].aux) else {
             return Err(LossError::Input("kd_aux has a weight, but no auxiliary logits".into()));
         };
         let mut value = Tensor::f_zeros([1i64], (Kind::Double, one[0].device()))?;

@@ -1,17 +1,21 @@
-//! The losses: Dice, distillation, entropy, focal, the ramp-up, and the CPCR objective over them.
+//! The losses: Dice, cross-entropy, distillation, entropy, focal, the ramp-up, and the CPCR objective over
+//! them. The other objectives are in `method`, each beside its forward pass.
 //!
 //! Each formula stands here in plain tensor operations; on the CPU the objective takes the fused
 //! kernels of `bridge::ops` instead, and tests hold the two against each other. Knows nothing of
 //! processes: sums over ranks are a trait, global counts a struct.
 
+mod batch;
 mod cpcr;
+pub mod cross_entropy;
 pub mod dice;
 pub mod distill;
 pub mod entropy;
 pub mod focal;
 pub mod rampup;
 
-pub use cpcr::{Alone, Counts, Objective, Path, StepLoss, TERMS, TermWeights};
+pub use batch::{Alone, Counts, Spread, StepLoss};
+pub use cpcr::{Objective, Path, TERMS, TermWeights};
 
 use crate::bridge::ops::OpError;
 

@@ -88,6 +88,15 @@ struct Update {
 pub struct Statistics(Vec<Update>);
 
 impl Statistics {
+    /// The value of a running statistic as it is with what is pending here, in storage of its own.
+    fn current(&self, buffer: &Tensor) -> Result<Tensor, ModelError> {
+        let pending = self.0.iter().rev().find_map(|update| {
+            let place = update.buffers.iter().position(|b| b.data_ptr() == buffer.data_ptr())?;
+            update.values.get(place)
+        });
+        copy_of(pending.unwrap_or(buffer))
+    }
+
     /// Puts the statistics in force: once, when the step they belong to has been applied.
     ///
     /// # Errors
@@ -202,7 +211,8 @@ impl NormAct {
             return Ok(self.plain(x, &mean, &var, false)?.f_leaky_relu_()?);
         };
         let key = if dropout > 0.0 { training.next_key() } else { None };
-        let (mean, var) = (copy_of(&self.mean)?, copy_of(&self.var)?);
+        let statistics = &training.statistics;
+        let (mean, var) = (statistics.current(&self.mean)?, statistics.current(&self.var)?);
         let sync = training.sync.cloned();
         // Dropout is part of the kernel for the CPU's channels-last tensors, a step of its own else.
         let fused = x.device() == tch::Device::Cpu

@@ -1,18 +1,23 @@
-//! The networks: parameters under the reference's names, blocks, DBPNet, perturbations, SGD.
+//! The networks: parameters under the reference's names, blocks, the network, perturbations, SGD, and
+//! the networks that a method trains together.
 //!
 //! Knows nothing of processes, storage or configuration, and computes no loss. Random draws are
 //! keyed and come in from outside; batch-norm statistics change only when they are committed.
 
 mod blocks;
-mod dbpnet;
+mod ensemble;
+mod network;
 mod params;
 mod perturb;
 mod sgd;
 
 pub use blocks::{Layout, Precision, Statistics, UpMode};
-pub use dbpnet::{DbpNet, DbpNetConfig, Heads, Outputs, Pyramid};
+pub use ensemble::{Cast, Ensemble, main_state};
+pub use network::{Heads, Network, NetworkConfig, Outputs, Pyramid};
 pub use params::{HostTensor, Params, Role};
-pub use perturb::{DecoderDraws, Draws, Dropout, Noise, feature_dropout, feature_noise, key_of};
+pub use perturb::{
+    DecoderDraws, Draws, Dropout, Noise, feature_dropout, feature_noise, input_noise, key_of,
+};
 pub use sgd::Sgd;
 
 use crate::bridge::ops::OpError;

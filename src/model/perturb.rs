@@ -112,6 +112,34 @@ pub fn feature_noise(x: &Tensor, noise: &Noise) -> Result<Tensor, ModelError> {
     Ok(x.f_mul(&factor)?)
 }
 
+/// Gaussian noise for input images, `[N, C, H, W]`, a key for each of the N: standard deviation `sigma`,
+/// clipped at +- `limit`.
+///
+/// # Errors
+/// Where libtorch fails.
+pub fn input_noise(
+    like: &Tensor,
+    keys: &[u64],
+    sigma: f64,
+    limit: f64,
+) -> Result<Tensor, ModelError> {
+    let size = like.size();
+    let count = size.iter().skip(1).product::<i64>() as usize;
+    let mut values = Vec::with_capacity(keys.len() * count);
+    for key in keys {
+        // Box and Muller: two uniform numbers become two normal ones.
+        let u = uniform_values(*key, "input noise", count.next_multiple_of(2), 0.0, 1.0);
+        let normal = u.chunks_exact(2).flat_map(|pair| {
+            let radius = (-2.0 * f64::from(1.0 - pair[0]).ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * f64::from(pair[1])).sin_cos();
+            [radius * cos, radius * sin]
+        });
+        values.extend(normal.take(count).map(|z| (z * sigma).clamp(-limit, limit) as f32));
+    }
+    let noise = Tensor::f_from_slice(&values)?.f_view(size.as_slice())?;
+    Ok(noise.f_to_device(like.device())?.f_to_kind(like.f_kind()?)?)
+}
+
 /// Keeps the places where the mean over channels is below `threshold` times its maximum over the
 /// sample; the others become zero. No rescaling.
 ///
@@ -162,6 +190,22 @@ mod tests {
         assert_eq!(y.get(0), y.get(1));
         assert!((&y - 1.0).abs().max().double_value(&[]) <= 0.3);
         assert_ne!(y, feature_noise(&x, &a.decoders[1].noise).unwrap());
+    }
+
+    #[test]
+    fn input_noise_is_its_keys_and_normal_up_to_the_limit() {
+        let x = Tensor::zeros([2, 1, 101, 99], (Kind::Float, Device::Cpu));
+        let noise = input_noise(&x, &[3, 4], 0.1, 0.2).unwrap();
+        assert_eq!(noise.get(1), input_noise(&x.narrow(0, 0, 1), &[4], 0.1, 0.2).unwrap().get(0));
+        assert_ne!(noise.get(0), noise.get(1));
+        let share = |limit: f64| {
+            noise.abs().le(limit).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
+        };
+        assert_eq!(share(0.2 + 1e-6), 1.0);
+        // Within one and just below two standard deviations.
+        assert!((share(0.1) - 0.6827).abs() < 0.01, "{}", share(0.1));
+        assert!((share(0.1999) - 0.9545).abs() < 0.01, "{}", share(0.1999));
+        assert!(noise.mean(Kind::Double).double_value(&[]).abs() < 0.003);
     }
 
     #[test]

@@ -28,6 +28,12 @@ impl Sgd {
         Self { lr, momentum, weight_decay, buffers: BTreeMap::new() }
     }
 
+    /// One with the same settings and no momentum yet.
+    #[must_use]
+    pub fn fresh(&self) -> Self {
+        Self::new(self.lr, self.momentum, self.weight_decay)
+    }
+
     /// One step over the parameters that have a gradient.
     ///
     /// # Errors

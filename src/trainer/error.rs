@@ -5,7 +5,7 @@ use crate::checkpoint::CheckpointError;
 use crate::collective::CollectiveError;
 use crate::config::ConfigError;
 use crate::data::DataError;
-use crate::loss::LossError;
+use crate::method::MethodError;
 use crate::model::ModelError;
 use crate::proto::{EXIT_FAILED, EXIT_USAGE};
 use crate::store::StoreError;
@@ -46,9 +46,17 @@ pub enum TrainerError {
     /// The network refused.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The loss refused.
+    /// The method's step failed.
     #[error(transparent)]
-    Loss(#[from] LossError),
+    Method(#[from] MethodError),
+    /// `train.init_from` names no weights that fit: the user's to mend.
+    #[error("train.init_from = {url}: {reason}")]
+    InitialWeights {
+        /// As configured.
+        url: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A bridge call failed.
     #[error(transparent)]
     Op(#[from] OpError),
@@ -85,11 +93,12 @@ impl TrainerError {
             }
             // The bridge's and libtorch's own errors are also how a lost peer shows in a backward pass.
             Self::Collective(error) => !matches!(error, CollectiveError::Unsupported(_)),
-            Self::Op(_) | Self::Torch(_) | Self::Loss(_) | Self::Model(_) => true,
+            Self::Op(_) | Self::Torch(_) | Self::Method(_) | Self::Model(_) => true,
             Self::Checkpoint(CheckpointError::WriterStopped) | Self::System(_) => true,
             Self::Checkpoint(_)
             | Self::Config(_)
             | Self::Mismatch { .. }
+            | Self::InitialWeights { .. }
             | Self::Device(_)
             | Self::Report(_)
             | Self::Diverged { .. } => false,
@@ -100,7 +109,7 @@ impl TrainerError {
     #[must_use]
     pub fn exit_status(&self) -> i32 {
         match self {
-            Self::Config(_) | Self::Mismatch { .. } => EXIT_USAGE,
+            Self::Config(_) | Self::Mismatch { .. } | Self::InitialWeights { .. } => EXIT_USAGE,
             _ => EXIT_FAILED,
         }
     }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::setup::network;
+use super::methods::network;
 use super::validate::{BATCH, score_volumes};
 use super::{TrainerError, persist};
 use crate::checkpoint::{self, Checkpoint};
@@ -13,7 +13,7 @@ use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::{Dataset, Split};
 use crate::eval::report::RunHistory;
 use crate::eval::{DistanceUnit, EmptyPolicy, EvalSettings, Summary};
-use crate::model::DbpNet;
+use crate::model::{Network, main_state};
 use crate::store::{Store, StoreOptions};
 use crate::types::Step;
 
@@ -115,9 +115,10 @@ fn trained(
     config: &RunConfig,
     checkpoint: &Checkpoint,
     dataset: &Dataset,
-) -> Result<DbpNet, TrainerError> {
+) -> Result<Network, TrainerError> {
     let classes = dataset.manifest().classes.len() as i64;
-    let net = DbpNet::new(network(config, classes), tch::Device::Cpu, config.train.seed)?;
-    net.params().load_host(&persist::unnamed(&checkpoint.model)?)?;
+    let net = Network::new(network(config, classes), tch::Device::Cpu, config.train.seed)?;
+    // What else a method trains (a second network, a teacher) is not evaluated.
+    net.params().load_host(&main_state(persist::unnamed(&checkpoint.model)?))?;
     Ok(net)
 }

@@ -6,10 +6,10 @@
 mod device;
 mod error;
 mod evaluate;
+mod methods;
 mod orders;
 mod persist;
 mod ranks;
-mod schedule;
 mod setup;
 mod validate;
 
@@ -25,8 +25,9 @@ use tch::{Device, Kind, Tensor};
 use crate::bridge::ops;
 use crate::data::{Batch, DealSpec};
 use crate::eval::report::{Record, StepRecord};
-use crate::loss::{Counts, StepLoss, TERMS};
-use crate::model::{Draws, Heads};
+use crate::loss::{Counts, StepLoss};
+use crate::method::StepInput;
+use crate::model::{Outputs, Statistics};
 use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::telemetry::{Guard, Phase, StepTrace};
 use crate::types::{Step, WorldSize};
@@ -61,29 +62,25 @@ fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, Tra
         let started = Instant::now();
         let mut trace = StepTrace::begin(telemetry.span(), t.step, t.rank);
         let Some(batch) = trace.phase(Phase::DataWait, || t.loader.next())? else { break };
-        let weights = t.schedule.at(t.step);
-        let heads = if weights.needs_aux() { Heads::All } else { Heads::Main };
-        t.reduce_over(heads)?;
+        t.reduce_over(t.method.heads(t.step.0))?;
 
         let (images, labels) = tensors(&batch, t.patch, t.device)?;
-        let draws = Draws::keyed(t.seed, t.step.0, u64::from(t.rank.0));
-        let outputs = trace.phase(Phase::Forward, || {
-            t.net.forward_train(&images, &draws, heads, t.sync.as_ref())
-        })?;
+        let samples: Vec<u64> = batch.draws.iter().map(|draw| draw.sample).collect();
         let counts = counts(t.loader.deal().spec(), t.world);
-        let loss = trace.phase(Phase::Loss, || {
-            t.objective.step(&outputs, &labels, &weights, &counts, t.ranks.as_ref())
-        })?;
+        let input = t.input(&images, &labels, &samples, counts);
+        let mut passes = trace.phase(Phase::Forward, || t.method.forward(&t.nets, &input))?;
+        let loss = trace.phase(Phase::Loss, || t.method.loss(&passes, &input))?;
         // Loss terms and votes travel while the gradients do.
         let tail = Tail::start(&loss, orders.stop_wanted(), &t.ranks)?;
         trace.phase(Phase::Backward, || t.backward(&loss))?;
         let tail = trace.phase(Phase::AllReduceWait, || tail.wait())?;
-        trace.phase(Phase::Optimiser, || t.apply(outputs.statistics))?;
+        let statistics = passes.outputs.iter_mut().map(Outputs::take_statistics).collect();
+        trace.phase(Phase::Optimiser, || t.apply(statistics))?;
 
         t.step = t.step.next();
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = started.elapsed().as_secs_f64().max(1e-9);
-        report(t, &tail, &counts, weights.kd_aux, took, waited / took)?;
+        report(t, &loss, &tail, &counts, took, waited / took)?;
         if t.step.0.is_multiple_of(t.config.validate.every) || t.step == t.total {
             validate::validate(t)?;
         }
@@ -102,6 +99,28 @@ fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, Tra
 }
 
 impl Trainer {
+    /// The step as the method sees it.
+    fn input<'a>(
+        &'a self,
+        images: &'a Tensor,
+        labels: &'a Tensor,
+        samples: &'a [u64],
+        counts: Counts,
+    ) -> StepInput<'a> {
+        StepInput {
+            images,
+            labels,
+            samples,
+            counts,
+            done: self.step.0,
+            seed: self.seed,
+            rank: u64::from(self.rank.0),
+            sync: self.sync.as_ref(),
+            ranks: self.ranks.as_ref(),
+            global_dice: self.config.loss.global_dice,
+        }
+    }
+
     /// Gradients of every parameter, averaged over the ranks when this returns.
     fn backward(&mut self, loss: &StepLoss) -> Result<(), TrainerError> {
         if let Some(reducer) = &mut self.reducer {
@@ -110,10 +129,10 @@ impl Trainer {
         Ok(ops::backward(&loss.roots, &loss.grads)?)
     }
 
-    /// Commits the step: parameters, momentum and running statistics change here and nowhere else.
-    fn apply(&mut self, statistics: crate::model::Statistics) -> Result<(), TrainerError> {
-        self.sgd.step(self.net.params())?;
-        statistics.commit()?;
+    /// Commits the step: parameters, momentum, running statistics and the teacher change here and nowhere else.
+    fn apply(&mut self, statistics: Vec<Statistics>) -> Result<(), TrainerError> {
+        self.nets.step(methods::learning_rate(&self.config, self.step), statistics)?;
+        self.nets.follow(self.method.teacher_decay(self.step.0))?;
         self.clear_gradients()
     }
 }
@@ -149,14 +168,18 @@ fn tensors(
 /// Tells the agent, and remembers for the report.
 fn report(
     t: &mut Trainer,
+    loss: &StepLoss,
     tail: &ranks::TailSums,
     counts: &Counts,
-    consistency_weight: f64,
     took_s: f64,
     data_wait: f64,
 ) -> Result<(), TrainerError> {
-    let terms: BTreeMap<String, f64> =
-        TERMS.iter().zip(&tail.terms).map(|(name, value)| ((*name).to_owned(), *value)).collect();
+    let terms: BTreeMap<String, f64> = loss
+        .names
+        .iter()
+        .zip(&tail.terms)
+        .map(|(name, value)| ((*name).to_owned(), *value))
+        .collect();
     let total = terms.get("total").copied().unwrap_or(f64::NAN);
     if !total.is_finite() {
         return Err(TrainerError::Diverged { step: t.step, total });
@@ -165,6 +188,7 @@ fn report(
         return Ok(());
     }
     let images_per_s = counts.samples as f64 / took_s;
+    let done = Step(t.step.0 - 1);
     emit(&TrainerEvent::Step {
         step: t.step,
         total: t.total,
@@ -176,8 +200,8 @@ fn report(
         t.history.push(Record::Step(StepRecord {
             step: t.step.0,
             losses: terms,
-            lr: t.config.train.lr,
-            consistency_weight,
+            lr: methods::learning_rate(&t.config, done),
+            consistency_weight: t.method.consistency_weight(done.0),
             images_per_s,
             data_wait_share: data_wait,
         }));

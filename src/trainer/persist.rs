@@ -7,10 +7,11 @@ use serde_json::json;
 
 use super::TrainerError;
 use super::setup::Trainer;
-use super::validate;
+use super::{methods, validate};
 use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
 use crate::eval::report::{self, Record, ReportInputs, RunHistory};
-use crate::model::{DbpNet, HostTensor, ModelError, Sgd};
+use crate::model::{Ensemble, HostTensor, ModelError, main_state};
+use crate::store::{Store, StoreOptions};
 use crate::types::Step;
 
 /// Hands a copy of the state to the writer; the upload runs beside training. Rank 0 only: every
@@ -32,10 +33,10 @@ pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
         threads: t.threads,
         position: Position {
             labelled: t.step.0 * u64::from(batch.labelled),
-            unlabelled: t.step.0 * u64::from(batch.unlabelled),
+            unlabelled: t.step.0 * u64::from(methods::unlabelled(&t.config)),
         },
-        model: named(t.net.params().to_host()?)?,
-        optimizer: named(t.sgd.to_host()?)?,
+        model: named(t.nets.to_host()?)?,
+        optimizer: named(t.nets.momentum_to_host()?)?,
         state: TrainState(json!({ "history": String::from_utf8_lossy(&lines) })),
         best: t.history.best().map(|best| Step(best.step)),
     })?)
@@ -44,16 +45,31 @@ pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
 /// Puts a checkpoint's state in force.
 pub fn restore(
     checkpoint: &Checkpoint,
-    net: &DbpNet,
-    sgd: &mut Sgd,
+    nets: &mut Ensemble,
     history: &mut RunHistory,
 ) -> Result<(), TrainerError> {
-    net.params().load_host(&unnamed(&checkpoint.model)?)?;
-    sgd.load_host(net.params(), &unnamed(&checkpoint.optimizer)?)?;
+    nets.load_host(unnamed(&checkpoint.model)?, unnamed(&checkpoint.optimizer)?)?;
     if let Some(lines) = checkpoint.state.0.get("history").and_then(|h| h.as_str()) {
         *history = RunHistory::from_json_lines(lines.as_bytes());
     }
     Ok(())
+}
+
+/// The weights that `train.init_from` names: a safetensors file of a network's state, or a
+/// checkpoint's own.
+pub fn given_weights(
+    runtime: &tokio::runtime::Runtime,
+    url: &str,
+) -> Result<Vec<HostTensor>, TrainerError> {
+    let wrong = |reason: String| TrainerError::InitialWeights { url: url.to_owned(), reason };
+    let (folder, file) = url
+        .rsplit_once('/')
+        .filter(|(folder, file)| !folder.is_empty() && file.ends_with(".safetensors"))
+        .ok_or_else(|| wrong("URL/FILE.safetensors is wanted".to_owned()))?;
+    let store = Store::open(folder, &StoreOptions::default().existing())?;
+    let bytes = runtime.block_on(store.get(file))?;
+    let tensors = checkpoint::decode_tensors(&bytes).map_err(|e| wrong(e.to_string()))?;
+    Ok(main_state(unnamed(&tensors)?))
 }
 
 /// Rank 0 writes the report into the run.

@@ -3,21 +3,21 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tch::{Device, Tensor};
+use tch::Device;
 use tokio::runtime::Runtime;
 
+use super::methods::{self, check_share};
 use super::ranks::Ranks;
-use super::schedule::Schedule;
 use super::{TrainerError, device};
-use crate::bridge::ops::{self, SumOverRanks};
+use crate::bridge::ops::SumOverRanks;
 use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions, load_latest};
 use crate::collective::{ProcessGroup, Reducer, Rendezvous};
-use crate::config::{self, ConfigSource, RunConfig, UpMode};
+use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::{Dataset, Loader, LoaderPlan};
 use crate::eval::Summary;
 use crate::eval::report::{Record, RunEvent, RunHistory};
-use crate::loss::Objective;
-use crate::model::{self, DbpNet, DbpNetConfig, Heads, Layout, Sgd};
+use crate::method::Method;
+use crate::model::{Ensemble, Heads, Sgd};
 use crate::proto::{Assignment, Doing, TrainerEvent};
 use crate::store::{Store, StoreOptions};
 use crate::types::{Backend, Rank, Step, WorldSize};
@@ -41,10 +41,8 @@ pub struct Trainer {
     pub(super) step: Step,
     pub(super) total: Step,
     pub(super) record_every: u64,
-    pub(super) net: DbpNet,
-    pub(super) sgd: Sgd,
-    pub(super) objective: Objective,
-    pub(super) schedule: Schedule,
+    pub(super) method: Box<dyn Method>,
+    pub(super) nets: Ensemble,
     pub(super) loader: Loader,
     pub(super) dataset: Dataset,
     pub(super) history: RunHistory,
@@ -80,22 +78,29 @@ impl Trainer {
 
         let device = device::open(assignment.backend, config.train.precision)?;
         let classes = dataset.manifest().classes.len() as i64;
-        let net = DbpNet::new(network(&config, classes), device, config.train.seed)?;
-        let train = &config.train;
-        let mut sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
+        let (net, train) = (methods::network(&config, classes), &config.train);
+        let sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
+        let cast = methods::method(&config, 0).cast();
+        let mut nets = Ensemble::new(&net, cast, device, train.seed, &sgd)?;
         let mut history = RunHistory::default();
         let mut step = Step(0);
         if let Some(checkpoint) = checkpoint {
             step = checkpoint.manifest.step;
             check_identity(&checkpoint.manifest, &config, &dataset)?;
-            super::persist::restore(&checkpoint, &net, &mut sgd, &mut history)?;
+            super::persist::restore(&checkpoint, &mut nets, &mut history)?;
             let world = assignment.world.0;
             history.push(Record::Event(RunEvent::Resumed { step: step.0, world }));
+        } else if let Some(url) = &train.init_from {
+            let state = super::persist::given_weights(&runtime, url)?;
+            nets.start_from(&state).map_err(|e| TrainerError::InitialWeights {
+                url: url.clone(),
+                reason: e.to_string(),
+            })?;
         }
         let total = Step(config.train.iterations);
         let loader = Loader::start(dataset.clone(), loader_plan(&config, assignment, step, total))?;
-        let schedule =
-            Schedule::new(&config.loss, config.method, loader.deal().labelled_epoch_steps());
+        let method = methods::method(&config, loader.deal().labelled_epoch_steps());
+        check_share(method.as_ref(), &config, loader.share())?;
         let writer = match assignment.rank {
             Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
             _ => None,
@@ -114,10 +119,8 @@ impl Trainer {
             step,
             total,
             record_every: (total.0 / RECORDS_MAX).max(1),
-            net,
-            sgd,
-            objective: objective(&config),
-            schedule,
+            method,
+            nets,
             loader,
             dataset,
             history,
@@ -143,22 +146,14 @@ impl Trainer {
         }
         self.reducer = None;
         self.clear_gradients()?;
-        let trained = self.net.trained(heads);
-        let parameters: Vec<Tensor> = trained
-            .iter()
-            .filter_map(|name| self.net.params().get(name))
-            .map(Tensor::shallow_clone)
-            .collect();
-        self.reducer = Some(Reducer::new(&parameters, group, BUCKET_BYTES)?);
+        self.reducer = Some(Reducer::new(&self.nets.trained(heads), group, BUCKET_BYTES)?);
         self.reduced = Some(heads);
         Ok(())
     }
 
     /// Unsets every gradient.
     pub(super) fn clear_gradients(&self) -> Result<(), TrainerError> {
-        let all: Vec<Tensor> =
-            self.net.params().parameters().map(|(_, t)| t.shallow_clone()).collect();
-        Ok(ops::grads_to_none(&all)?)
+        Ok(self.nets.clear_gradients()?)
     }
 
     /// Waits until every checkpoint is committed, and tells the agent of them.
@@ -170,39 +165,6 @@ impl Trainer {
             }
         }
         Ok(())
-    }
-}
-
-/// The objective that a configuration asks for; its weights are the schedule's.
-fn objective(config: &RunConfig) -> Objective {
-    Objective {
-        temperature: config.loss.temperature,
-        global_dice: config.loss.global_dice,
-        ..Objective::default()
-    }
-}
-
-/// The network that a configuration asks for.
-pub(super) fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
-    let up = |mode| match mode {
-        UpMode::Transposed => model::UpMode::Transposed,
-        UpMode::Bilinear => model::UpMode::Bilinear,
-        UpMode::Nearest => model::UpMode::Nearest,
-        UpMode::Bicubic => model::UpMode::Bicubic,
-    };
-    DbpNetConfig {
-        in_channels: 1,
-        classes,
-        widths: config.model.widths.map(i64::from),
-        up: config.model.up.map(up),
-        dropout: config.model.dropout,
-        aux_dropout: config.model.aux_dropout,
-        layout: Layout::ChannelsLast,
-        precision: match config.train.precision {
-            config::Precision::Bf16 => model::Precision::Bf16,
-            config::Precision::F64 => model::Precision::F64,
-            config::Precision::F32 | config::Precision::Tf32 => model::Precision::F32,
-        },
     }
 }
 
@@ -231,7 +193,7 @@ fn loader_plan(config: &RunConfig, a: &Assignment, start: Step, end: Step) -> Lo
         start,
         end,
         batch_labelled: config.batch.labelled,
-        batch_unlabelled: config.batch.unlabelled,
+        batch_unlabelled: methods::unlabelled(config),
         labelled_patients: config.data.labelled,
         patch: (patch, patch),
         prefetch: config.loader.prefetch as usize,

@@ -13,7 +13,7 @@ use crate::eval::{
     CaseScores, DistanceUnit, EmptyPolicy, EvalSettings, Segmenter, Summary, Volume, Zoom,
     evaluate_volume, overlay, segment_volume,
 };
-use crate::model::{DbpNet, ModelError};
+use crate::model::{ModelError, Network};
 use crate::proto::{Doing, TrainerEvent};
 
 /// Slices of a volume that go through the network together.
@@ -22,9 +22,9 @@ pub(super) const BATCH: usize = 8;
 const OVERLAYS: usize = 3;
 
 /// The network as `eval` sees it: decoder 1's main output, arg-max over classes.
-struct Network<'a>(&'a DbpNet);
+struct ArgMax<'a>(&'a Network);
 
-impl Segmenter for Network<'_> {
+impl Segmenter for ArgMax<'_> {
     type Error = ModelError;
 
     /// `[n, h, w]` intensities -> `[n, h, w]` classes.
@@ -50,7 +50,7 @@ fn zoom() -> Zoom<'static> {
 fn settings(t: &Trainer) -> EvalSettings {
     EvalSettings {
         patch: t.patch,
-        classes: u8::try_from(t.net.config().classes).unwrap_or(u8::MAX),
+        classes: u8::try_from(t.nets.main().config().classes).unwrap_or(u8::MAX),
         batch: BATCH,
         unit: DistanceUnit::Voxel,
         policy: EmptyPolicy::default(),
@@ -65,7 +65,7 @@ pub fn class_names(t: &Trainer) -> Vec<String> {
 /// Scores the labelled volumes of a split whose place in it is `wanted`; `scored` is called after
 /// each.
 pub(super) fn score_volumes(
-    net: &DbpNet,
+    net: &Network,
     dataset: &Dataset,
     split: Split,
     settings: &EvalSettings,
@@ -76,7 +76,7 @@ pub(super) fn score_volumes(
     for (_, id) in dataset.volumes(split).into_iter().enumerate().filter(|(i, _)| wanted(*i)) {
         let volume = dataset.load_volume(id)?;
         let Some(label) = &volume.labels else { continue };
-        let scores = evaluate_volume(&mut Network(net), seen(&volume, label), settings, zoom())
+        let scores = evaluate_volume(&mut ArgMax(net), seen(&volume, label), settings, zoom())
             .map_err(|e| TrainerError::Report(e.to_string()))?;
         cases.push(scores);
         scored();
@@ -87,12 +87,12 @@ pub(super) fn score_volumes(
 /// Scores every validation volume, each on one rank; every rank ends with the same summary.
 pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
     // The running statistics that count are rank 0's (per-rank batch norm).
-    for (_, buffer) in t.net.params().buffers() {
+    for (_, buffer) in t.nets.main().params().buffers() {
         t.ranks.copy_from_first(buffer)?;
     }
     let settings = settings(t);
     let mine = score_volumes(
-        &t.net,
+        t.nets.main(),
         &t.dataset,
         Split::Val,
         &settings,
@@ -139,7 +139,7 @@ pub fn overlays(t: &Trainer) -> Result<Vec<ReportOverlay>, TrainerError> {
         let Some(label) = &volume.labels else { continue };
         let [d, h, w] = volume.shape;
         let prediction = segment_volume(
-            &mut Network(&t.net),
+            &mut ArgMax(t.nets.main()),
             &volume.name,
             &volume.slices,
             volume.shape,

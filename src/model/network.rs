@@ -1,5 +1,7 @@
-//! DBPNet: one encoder, two decoders that go up by different means, each with a pyramid of four
-//! predictions. METHOD of arXiv 2511.08435; names and order of parameters are the reference's.
+//! The networks: one encoder, one or two decoders that go up by different means, each with a main
+//! prediction and, where asked, a pyramid of auxiliary ones. DBPNet (arXiv 2511.08435) has two decoders
+//! with pyramids, MC-Net two without, URPC's network one with, the plain U-Net one without. Names and order of parameters
+//! are the reference implementations'.
 //!
 //! Auxiliary predictions come back coarse, as their heads make them: the reference upsamples
 //! them by nearest neighbour, which changes no mean over pixels.
@@ -16,17 +18,19 @@ use super::params::Params;
 use super::perturb::{self, DecoderDraws, Draws, dropout};
 use crate::bridge::ops::SumOverRanks;
 
-/// What a DBPNet looks like.
+/// What a network looks like; DBPNet by default.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DbpNetConfig {
+pub struct NetworkConfig {
     /// Channels of the input.
     pub in_channels: i64,
     /// Classes, background included.
     pub classes: i64,
     /// Channels at strides 1, 2, 4, 8, 16.
     pub widths: [i64; 5],
-    /// How each decoder goes up.
-    pub up: [UpMode; 2],
+    /// How each decoder goes up: one decoder or two.
+    pub up: Vec<UpMode>,
+    /// Whether decoders have auxiliary heads.
+    pub pyramid: bool,
     /// Dropout in each encoder block.
     pub dropout: [f64; 5],
     /// Dropout before the stride-8 head.
@@ -37,13 +41,14 @@ pub struct DbpNetConfig {
     pub precision: Precision,
 }
 
-impl Default for DbpNetConfig {
+impl Default for NetworkConfig {
     fn default() -> Self {
         Self {
             in_channels: 1,
             classes: 4,
             widths: [16, 32, 64, 128, 256],
-            up: [UpMode::Bilinear, UpMode::Transposed],
+            up: vec![UpMode::Bilinear, UpMode::Transposed],
+            pyramid: true,
             dropout: [0.05, 0.1, 0.2, 0.3, 0.5],
             aux_dropout: 0.5,
             layout: Layout::default(),
@@ -66,34 +71,40 @@ pub enum Heads {
 pub struct Pyramid {
     /// `[N, C, H, W]`
     pub main: Tensor,
-    /// Coarse, at strides 2, 4, 8: `[N, C, H/s, W/s]`; none with [`Heads::Main`].
+    /// Coarse, at strides 2, 4, 8: `[N, C, H/s, W/s]`; none with [`Heads::Main`] or without a pyramid.
     pub aux: Option<[Tensor; 3]>,
 }
 
 /// What a training pass gives.
 #[derive(Debug)]
 pub struct Outputs {
-    /// Decoder 1.
-    pub d1: Pyramid,
-    /// Decoder 2.
-    pub d2: Pyramid,
+    /// One a decoder, decoder 1 first.
+    pub decoders: Vec<Pyramid>,
     /// To be committed with the step.
     pub statistics: Statistics,
+}
+
+impl Outputs {
+    /// Takes the statistics out, for a pass that goes on from them or to be committed.
+    #[must_use]
+    pub fn take_statistics(&mut self) -> Statistics {
+        std::mem::take(&mut self.statistics)
+    }
 }
 
 #[derive(Debug)]
 struct Decoder {
     up: [UpBlock; 4],
     out: Conv,
-    /// Heads at strides 2, 4, 8. The reference's fourth is only ever stored.
-    aux: [Conv; 3],
+    /// Heads at strides 2, 4, 8, if it has them. The reference's fourth is only ever stored.
+    aux: Option<[Conv; 3]>,
 }
 
 impl Decoder {
     fn new(
         params: &mut Params,
         name: &str,
-        config: &DbpNetConfig,
+        config: &NetworkConfig,
         mode: UpMode,
     ) -> Result<Self, ModelError> {
         let w = config.widths;
@@ -104,12 +115,15 @@ impl Decoder {
             Conv::new(params, &format!("{name}.{what}"), [width, config.classes, 3])
         };
         let out = head("out_conv", w[0])?;
+        if !config.pyramid {
+            return Ok(Self { up, out, aux: None });
+        }
         let unused = head("out_conv_dp4", w[4])?;
         drop(unused);
         let third = head("out_conv_dp3", w[3])?;
         let second = head("out_conv_dp2", w[2])?;
         let first = head("out_conv_dp1", w[1])?;
-        Ok(Self { up, out, aux: [first, second, third] })
+        Ok(Self { up, out, aux: Some([first, second, third]) })
     }
 
     /// Features at strides 8, 4, 2, 1 from the encoder's `[x0, .., x4]`.
@@ -136,53 +150,52 @@ impl Decoder {
         let main = self.out.forward(&wide(&d)?)?;
         // The key is drawn with or without heads: warm-up changes no other draw.
         let key = training.next_key();
-        let aux = match heads {
-            Heads::Main => None,
-            Heads::All => {
-                let third =
-                    self.aux[2].forward(&dropout(&wide(&a)?, training.aux_dropout, key)?)?;
+        let aux = match (&self.aux, heads) {
+            (None, _) | (_, Heads::Main) => None,
+            (Some(head), Heads::All) => {
+                let third = head[2].forward(&dropout(&wide(&a)?, training.aux_dropout, key)?)?;
                 let second = perturb::feature_dropout(&wide(&b)?, draws.threshold)?;
                 let first = perturb::feature_noise(&wide(&c)?, &draws.noise)?;
-                Some([self.aux[0].forward(&first)?, self.aux[1].forward(&second)?, third])
+                Some([head[0].forward(&first)?, head[1].forward(&second)?, third])
             }
         };
         Ok(Pyramid { main, aux })
     }
 
-    fn all(&self, x: &[Tensor; 5]) -> Result<[Tensor; 4], ModelError> {
+    /// Its predictions at full size: the main one, then the auxiliary ones it has.
+    fn all(&self, x: &[Tensor; 5]) -> Result<Vec<Tensor>, ModelError> {
         let [a, b, c, d] = self.features(x, &mut Mode::Eval)?;
         let size = [d.size()[2], d.size()[3]];
-        let up = |head: &Conv, feature: &Tensor| -> Result<Tensor, ModelError> {
+        let mut all = vec![self.out.forward(&d)?];
+        for (head, feature) in self.aux.iter().flatten().zip([&c, &b, &a]) {
             // [N, C, H/s, W/s] -> [N, C, H, W]
-            Ok(head.forward(feature)?.f_upsample_nearest2d(size, None, None)?)
-        };
-        Ok([
-            self.out.forward(&d)?,
-            up(&self.aux[0], &c)?,
-            up(&self.aux[1], &b)?,
-            up(&self.aux[2], &a)?,
-        ])
+            all.push(head.forward(feature)?.f_upsample_nearest2d(size, None, None)?);
+        }
+        Ok(all)
     }
 }
 
 /// The network.
 #[derive(Debug)]
-pub struct DbpNet {
-    config: DbpNetConfig,
+pub struct Network {
+    config: NetworkConfig,
     params: Params,
     encoder: [ConvBlock; 5],
-    decoders: [Decoder; 2],
+    decoders: Vec<Decoder>,
 }
 
-impl DbpNet {
+impl Network {
     /// A fresh network, drawn from `seed` as PyTorch initialises by default.
     ///
     /// # Errors
     /// A configuration that makes no network.
-    pub fn new(config: DbpNetConfig, device: Device, seed: u64) -> Result<Self, ModelError> {
+    pub fn new(config: NetworkConfig, device: Device, seed: u64) -> Result<Self, ModelError> {
         let sizes = [config.in_channels, config.classes];
         if sizes.iter().chain(&config.widths).any(|&n| n < 1) || config.classes < 2 {
             return Err(ModelError::Input("channels, widths >= 1 and classes >= 2".into()));
+        }
+        if !(1..=2).contains(&config.up.len()) {
+            return Err(ModelError::Input("a network has one decoder or two".into()));
         }
         if config.dropout.iter().chain([&config.aux_dropout]).any(|p| !(0.0..1.0).contains(p)) {
             return Err(ModelError::Input("dropout lies in [0, 1)".into()));
@@ -201,16 +214,20 @@ impl DbpNet {
             block(down(3), w[2], 3)?,
             block(down(4), w[3], 4)?,
         ];
-        let decoders = [
-            Decoder::new(&mut params, "decoder1", &config, config.up[0])?,
-            Decoder::new(&mut params, "decoder2", &config, config.up[1])?,
-        ];
+        let mut decoders = Vec::with_capacity(2);
+        for (i, mode) in config.up.iter().enumerate() {
+            let name = match config.up.len() {
+                1 => "decoder".to_owned(),
+                _ => format!("decoder{}", i + 1),
+            };
+            decoders.push(Decoder::new(&mut params, &name, &config, *mode)?);
+        }
         Ok(Self { config, params, encoder, decoders })
     }
 
     /// Its configuration.
     #[must_use]
-    pub fn config(&self) -> &DbpNetConfig {
+    pub fn config(&self) -> &NetworkConfig {
         &self.config
     }
 
@@ -272,19 +289,37 @@ impl DbpNet {
         heads: Heads,
         sync: Option<&Arc<dyn SumOverRanks>>,
     ) -> Result<Outputs, ModelError> {
+        self.forward_train_after(Statistics::default(), x, draws, heads, sync)
+    }
+
+    /// The same after another pass of the same step, whose statistics are not committed yet:
+    /// running statistics go on from those.
+    ///
+    /// # Errors
+    /// An input that does not fit; a failing sum over ranks.
+    pub fn forward_train_after(
+        &self,
+        statistics: Statistics,
+        x: &Tensor,
+        draws: &Draws,
+        heads: Heads,
+        sync: Option<&Arc<dyn SumOverRanks>>,
+    ) -> Result<Outputs, ModelError> {
         self.check(x)?;
         let mut training = Training {
             dropout: draws.dropout,
             aux_dropout: self.config.aux_dropout,
             precision: self.config.precision,
             sync,
-            statistics: Statistics::default(),
+            statistics,
             place: 0,
         };
         let features = self.encode(x, self.config.precision, &mut Mode::Train(&mut training))?;
-        let d1 = self.decoders[0].train(&features, heads, &draws.decoders[0], &mut training)?;
-        let d2 = self.decoders[1].train(&features, heads, &draws.decoders[1], &mut training)?;
-        Ok(Outputs { d1, d2, statistics: training.statistics })
+        let mut decoders = Vec::with_capacity(2);
+        for (decoder, draws) in self.decoders.iter().zip(&draws.decoders) {
+            decoders.push(decoder.train(&features, heads, draws, &mut training)?);
+        }
+        Ok(Outputs { decoders, statistics: training.statistics })
     }
 
     /// Decoder 1's main logits `[N, C, H, W]` with the running statistics: all that inference
@@ -301,7 +336,7 @@ impl DbpNet {
         })
     }
 
-    /// The mean of both decoders' probabilities, `[N, C, H, W]`.
+    /// The mean of all decoders' probabilities, `[N, C, H, W]`.
     ///
     /// # Errors
     /// An input that does not fit.
@@ -309,16 +344,16 @@ impl DbpNet {
         self.check(x)?;
         tch::no_grad(|| {
             let features = self.encode(x, self.config.precision.full(), &mut Mode::Eval)?;
-            let probabilities = |decoder: &Decoder| -> Result<Tensor, ModelError> {
+            let mut all = Vec::with_capacity(2);
+            for decoder in &self.decoders {
                 let [.., d] = decoder.features(&features, &mut Mode::Eval)?;
-                Ok(decoder.out.forward(&d)?.f_softmax(1, Kind::Float)?)
-            };
-            let [one, two] = &self.decoders;
-            Ok(probabilities(one)?.f_add(&probabilities(two)?)?.f_mul_scalar(0.5)?)
+                all.push(decoder.out.forward(&d)?.f_softmax(1, Kind::Float)?);
+            }
+            Ok(Tensor::f_stack(&all, 0)?.f_mean_dim([0i64].as_slice(), false, Kind::Float)?)
         })
     }
 
-    /// All eight predictions at full size, in the reference's order: for checks against it.
+    /// All predictions at full size, in the reference's order: for checks against it.
     ///
     /// # Errors
     /// An input that does not fit.
@@ -341,16 +376,55 @@ mod tests {
 
     #[test]
     fn the_reference_size_has_the_reference_count_of_parameters() {
-        let net = DbpNet::new(DbpNetConfig::default(), Device::Cpu, 1).unwrap();
+        let net = Network::new(NetworkConfig::default(), Device::Cpu, 1).unwrap();
         assert_eq!(net.params().parameter_count(), 2_612_216);
         assert_eq!(net.trained(Heads::All).len() + 4, net.params().parameters().count());
         assert_eq!(net.trained(Heads::Main).len() + 16, net.params().parameters().count());
     }
 
+    /// Parameter counts of the other networks, worked out by hand from the reference's layers.
+    #[test]
+    fn one_decoder_or_two_with_or_without_a_pyramid() {
+        let count = |up: &[UpMode], pyramid| {
+            let config = NetworkConfig { up: up.to_vec(), pyramid, ..NetworkConfig::default() };
+            Network::new(config, Device::Cpu, 1).unwrap().params().parameter_count()
+        };
+        let heads = 4 * (9 * (32 + 64 + 128 + 256) + 4);
+        let (one, two) = ([UpMode::Bilinear], [UpMode::Bilinear, UpMode::Transposed]);
+        assert_eq!(count(&one, true), count(&one, false) + heads);
+        assert_eq!(count(&two, false), 2_612_216 - 2 * heads);
+        assert!(matches!(
+            Network::new(NetworkConfig { up: vec![], ..Default::default() }, Device::Cpu, 1),
+            Err(ModelError::Input(_))
+        ));
+    }
+
+    /// Two passes of a step leave the running statistics that two steps would.
+    #[test]
+    fn a_second_pass_goes_on_from_the_first_ones_statistics() {
+        let config = NetworkConfig { widths: [4, 8, 8, 8, 8], ..NetworkConfig::default() };
+        let x = [1, 2].map(|seed| {
+            tch::manual_seed(seed);
+            Tensor::rand([2, 1, 32, 32], (Kind::Float, Device::Cpu))
+        });
+        let draws = Draws::keyed(1, 0, 0);
+        let nets = [0, 1].map(|_| Network::new(config.clone(), Device::Cpu, 1).unwrap());
+        for x in &x {
+            let out = nets[0].forward_train(x, &draws, Heads::Main, None).unwrap();
+            out.statistics.commit().unwrap();
+        }
+        let first = nets[1].forward_train(&x[0], &draws, Heads::Main, None).unwrap();
+        let second = nets[1]
+            .forward_train_after(first.statistics, &x[1], &draws, Heads::Main, None)
+            .unwrap();
+        second.statistics.commit().unwrap();
+        assert_eq!(nets[0].params().to_host().unwrap(), nets[1].params().to_host().unwrap());
+    }
+
     #[test]
     fn statistics_change_at_commit_and_not_before() {
-        let config = DbpNetConfig { widths: [4, 8, 8, 8, 8], ..DbpNetConfig::default() };
-        let net = DbpNet::new(config, Device::Cpu, 1).unwrap();
+        let config = NetworkConfig { widths: [4, 8, 8, 8, 8], ..NetworkConfig::default() };
+        let net = Network::new(config, Device::Cpu, 1).unwrap();
         let x = Tensor::rand([2, 1, 32, 32], (Kind::Float, Device::Cpu));
         let before = net.params().to_host().unwrap();
         let out = net.forward_train(&x, &Draws::keyed(1, 0, 0), Heads::Main, None).unwrap();
@@ -363,13 +437,14 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let net = DbpNet::new(DbpNetConfig::default(), Device::Cpu, 1).unwrap();
+        let net = Network::new(NetworkConfig::default(), Device::Cpu, 1).unwrap();
         for size in [[1, 1, 40, 32], [1, 2, 32, 32], [0, 1, 32, 32]] {
             let x = Tensor::zeros(size, (Kind::Float, Device::Cpu));
             assert!(matches!(net.forward_eval(&x), Err(ModelError::Input(_))), "{size:?}");
         }
         assert!(
-            DbpNet::new(DbpNetConfig { classes: 1, ..Default::default() }, Device::Cpu, 1).is_err()
+            Network::new(NetworkConfig { classes: 1, ..Default::default() }, Device::Cpu, 1)
+                .is_err()
         );
     }
 }

@@ -8,11 +8,18 @@ use figment::providers::{Env, Format, Serialized, Toml};
 use super::{ConfigError, RunConfig};
 
 /// The presets built into the binary: name and commented text, as in `configs/`.
-pub const PRESETS: [(&str, &str); 4] = [
+pub const PRESETS: [(&str, &str); 11] = [
     ("demo", include_str!("../../configs/demo.toml")),
     ("acdc-7", include_str!("../../configs/acdc-7.toml")),
     ("acdc-14", include_str!("../../configs/acdc-14.toml")),
     ("acdc-quick", include_str!("../../configs/acdc-quick.toml")),
+    ("supervised", include_str!("../../configs/supervised.toml")),
+    ("urpc", include_str!("../../configs/urpc.toml")),
+    ("mcnet", include_str!("../../configs/mcnet.toml")),
+    ("mean-teacher", include_str!("../../configs/mean-teacher.toml")),
+    ("ua-mt", include_str!("../../configs/ua-mt.toml")),
+    ("cps", include_str!("../../configs/cps.toml")),
+    ("bcp", include_str!("../../configs/bcp.toml")),
 ];
 
 /// Where the file layer comes from.

@@ -128,12 +128,14 @@ impl Spread<'_> {
         Ok(global.f_add(&local.f_sub(&here)?)?)
     }
 
-    /// The share of a value that every rank has whole.
+    /// The share of a value that every rank has whole, made of [`Spread::sum`]s. Its gradient stays
+    /// whole: each rank's is that of its own samples only, and those add up.
     ///
     /// # Errors
     /// Where libtorch fails.
     pub fn part(&self, whole: &Tensor) -> Result<Tensor, LossError> {
-        Ok(whole.f_mul_scalar(1.0 / f64::from(self.counts.world.max(1)))?)
+        let others = 1.0 - 1.0 / f64::from(self.counts.world.max(1));
+        Ok(whole.f_sub(&whole.f_detach()?.f_mul_scalar(others)?)?)
     }
 
     /// The share of a Dice loss made of local sums `[3, C]` ([`dice::sums`]); `counted` tells

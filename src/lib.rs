@@ -3,7 +3,7 @@
 //! `docs/architecture.md` is the map. Imports point one way, from top to bottom of this list;
 //! `tests/architecture.rs` holds the table of what each module may use.
 //!
-//! Two groups of modules: those that know tensors (`bridge`, `model`, `loss`, `trainer`, and
+//! Two groups of modules: those that know tensors (`bridge`, `model`, `loss`, `method`, `trainer`, and
 //! parts of `collective`) end up in the `cpcr-engine` binary, which links libtorch; nothing that
 //! the `cpcr` and `cpcr-launch` binaries reach does, so a coordinator starts in milliseconds.
 

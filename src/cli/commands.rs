@@ -19,7 +19,7 @@ use crate::data::{self, Dataset, synth};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
 use crate::types::NodeId;
-use crate::worker::{AgentOptions, ChildOptions, run_agent};
+use crate::worker::{AgentOptions, ChildOptions, PARENT_VARIABLE, run_agent};
 
 /// Longest silence of trainers that start: a checkpoint comes from far away.
 const START: Duration = Duration::from_secs(180);
@@ -355,6 +355,8 @@ async fn diagnose(store: Option<&str>, json: bool) -> Result<i32, Failure> {
 /// Runs a command of `cpcr-engine` and passes its status on.
 fn engine(command: &str, rest: &[String]) -> Result<i32, Failure> {
     let status = Process::new(sibling("cpcr-engine")?)
+        // Not the parent of this process, which its environment may name.
+        .env(PARENT_VARIABLE, std::process::id().to_string())
         .arg(command)
         .args(rest)
         .status()

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use super::compare::{self, CompareArguments};
 use super::import::{self, ImportArguments};
 use super::run::{self, BackendArgument, Resume};
 use super::{Failure, doctor, gpus, sibling, threads_each};
@@ -65,6 +66,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Trains every method with every seed and writes one table.
+    Compare(Box<CompareArguments>),
     /// Measures: `bench step`.
     #[command(disable_help_flag = true)]
     Bench {
@@ -210,6 +213,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Checkpoints(command) => checkpoints(command).await,
         Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
         Command::Eval { rest } => engine("eval", &rest),
+        Command::Compare(arguments) => compare::compare(*arguments).await,
         Command::Bench { rest } => engine("bench", &rest),
     }
 }

@@ -180,13 +180,14 @@ async fn places(
     demonstration: bool,
 ) -> Result<Places, Failure> {
     let out = absolute(&a.out).trim_end_matches('/').to_owned();
-    let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
     let configured = || runs.first().and_then(|run| run.config.data.url.clone());
     let data = match a.data.as_deref().map(absolute).or_else(configured) {
         Some(data) => data,
         None if demonstration => {
-            run::phantoms(store.child("data")).await?;
-            format!("{out}/data")
+            let data = format!("{out}/data");
+            let store = Store::open(&data, &StoreOptions::default()).map_err(Failure::usage)?;
+            run::phantoms(store).await?;
+            data
         }
         None => {
             return Err(Failure::usage(
@@ -208,6 +209,8 @@ async fn places(
     if labelled(chosen) == 0 {
         return Err(Failure::usage(format!("{data} has no labelled volume in the {split} split")));
     }
+    // Last: it makes the folder.
+    let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
     Ok(Places { out, store, data, dataset_sha256: info.manifest.sha256, split })
 }
 

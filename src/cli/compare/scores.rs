@@ -264,7 +264,7 @@ pub(super) mod tests {
             dice: Some(dice),
             jaccard: Some(dice / 2.0),
             hd95: Some(10.0 * dice),
-            asd: Some(dice),
+            asd: Some(2.0 * dice),
             assd: None,
         };
         let class = |name: &str, dice, empty_predictions| ClassFigures {

@@ -13,5 +13,9 @@ async fn main() -> ExitCode {
         Ok(guard) => guard,
         Err(error) => return cli::finish(Err(Failure::usage(error))),
     };
+    // `cpcr compare` starts launchers; what it leaves behind would go on with a run that its next start takes up.
+    if !cpcr::worker::die_with_parent() {
+        return cli::finish(Err(Failure::failed("the process that started this one is gone")));
+    }
     cli::finish(launch::launch(arguments).await)
 }

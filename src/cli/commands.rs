@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use super::compare::{self, CompareArguments};
 use super::import::{self, ImportArguments};
 use super::run::{self, BackendArgument, Resume};
 use super::{Failure, doctor, gpus, sibling, threads_each};
@@ -19,7 +20,7 @@ use crate::data::{self, Dataset, synth};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
 use crate::types::NodeId;
-use crate::worker::{AgentOptions, ChildOptions, run_agent};
+use crate::worker::{AgentOptions, ChildOptions, PARENT_VARIABLE, run_agent};
 
 /// Longest silence of trainers that start: a checkpoint comes from far away.
 const START: Duration = Duration::from_secs(180);
@@ -65,6 +66,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Trains every method with every seed and writes one table.
+    Compare(Box<CompareArguments>),
     /// Measures: `bench step`.
     #[command(disable_help_flag = true)]
     Bench {
@@ -210,6 +213,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Checkpoints(command) => checkpoints(command).await,
         Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
         Command::Eval { rest } => engine("eval", &rest),
+        Command::Compare(arguments) => compare::compare(*arguments).await,
         Command::Bench { rest } => engine("bench", &rest),
     }
 }
@@ -355,6 +359,8 @@ async fn diagnose(store: Option<&str>, json: bool) -> Result<i32, Failure> {
 /// Runs a command of `cpcr-engine` and passes its status on.
 fn engine(command: &str, rest: &[String]) -> Result<i32, Failure> {
     let status = Process::new(sibling("cpcr-engine")?)
+        // Not the parent of this process, which its environment may name.
+        .env(PARENT_VARIABLE, std::process::id().to_string())
         .arg(command)
         .args(rest)
         .status()

@@ -9,6 +9,7 @@ use std::path::Path;
 use tokio::process::Command;
 
 use super::{Failure, sibling};
+use crate::worker::PARENT_VARIABLE;
 
 /// The driver's control device, and that of Windows' Linux subsystem.
 const DEVICE_FILES: [&str; 2] = ["/dev/nvidiactl", "/dev/dxg"];
@@ -23,6 +24,8 @@ pub async fn visible() -> Result<Vec<String>, Failure> {
     }
     let output = Command::new(sibling("cpcr-engine")?)
         .arg("devices")
+        // Not the parent of this process, which its environment may name.
+        .env(PARENT_VARIABLE, std::process::id().to_string())
         .kill_on_drop(true)
         .output()
         .await

@@ -4,7 +4,6 @@
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use clap::Parser;
 use tokio::process::Child;
@@ -13,7 +12,6 @@ use super::local::Family;
 use super::run::{self, BackendArgument, Resume, absolute};
 use super::{Failure, gpus, named, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
-use crate::data::synth::{self, SynthOptions};
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
 use crate::proto::{Doing, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
@@ -164,13 +162,7 @@ async fn demonstrate(
     let (nodes, backend) = (arguments.nodes, arguments.backend);
     let plan = Plan { config, nodes, backend, gpus, run, family, report, s3: Some(s3) };
     let data = Store::open("s3://cpcr/data", &options(&plan)).map_err(Failure::usage)?;
-    if !data.exists("manifest.json").await.map_err(Failure::failed)? {
-        eprintln!("making the dataset: synthetic cardiac phantoms");
-        let threads = threads_each(1) as usize;
-        synth::write(Arc::new(data), &SynthOptions::default(), threads)
-            .await
-            .map_err(Failure::failed)?;
-    }
+    run::phantoms(data).await?;
     Ok(plan)
 }
 

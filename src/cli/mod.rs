@@ -4,6 +4,7 @@
 //! behind `cpcr-engine`, which `cpcr` starts.
 
 pub mod commands;
+pub mod compare;
 pub mod doctor;
 pub mod gpus;
 pub mod import;

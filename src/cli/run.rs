@@ -3,10 +3,13 @@
 //! Whoever starts a run does this once: the launcher on one machine, the coordinator on a cluster.
 //! Trainers then read `RUN/config.toml` and nothing else.
 
+use std::sync::Arc;
+
 use clap::ValueEnum;
 
-use super::Failure;
+use super::{Failure, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
+use crate::data::synth::{self, SynthOptions};
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::Backend;
 
@@ -64,7 +67,11 @@ pub async fn configuration(run: &str, options: &StoreOptions) -> Result<RunConfi
     })
 }
 
-async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
+/// The configuration of the run in a folder, if one began there.
+///
+/// # Errors
+/// [`Failure`] where it cannot be read or is none.
+pub async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
     if !store.exists("config.toml").await.map_err(Failure::failed)? {
         return Ok(None);
     }
@@ -81,6 +88,30 @@ fn unavailable(error: StoreError) -> Failure {
     }
 }
 
+/// Makes the batch that of the whole run where it was given for each worker.
+pub fn scale(config: &mut RunConfig, nodes: u32) {
+    let batch = &mut config.batch;
+    if batch.per_worker {
+        batch.labelled = batch.labelled.saturating_mul(nodes);
+        batch.unlabelled = batch.unlabelled.saturating_mul(nodes);
+        batch.per_worker = false;
+    }
+}
+
+/// Makes the demonstration's dataset, synthetic cardiac phantoms, unless it is there.
+///
+/// # Errors
+/// [`Failure`] where it cannot be written.
+pub async fn phantoms(data: Store) -> Result<(), Failure> {
+    if data.exists("manifest.json").await.map_err(Failure::failed)? {
+        return Ok(());
+    }
+    eprintln!("making the dataset: synthetic cardiac phantoms");
+    let threads = threads_each(1) as usize;
+    let made = synth::write(Arc::new(data), &SynthOptions::default(), threads).await;
+    made.map(|_| ()).map_err(Failure::failed)
+}
+
 /// Checks that the dataset is there, probes the run's store, sees that a run which has begun is
 /// the same one, then writes its configuration. Nothing is made before the checks have passed.
 ///
@@ -93,12 +124,8 @@ pub async fn prepare(
     resume: Resume,
     options: &StoreOptions,
 ) -> Result<RunConfig, Failure> {
-    let batch = &mut config.batch;
-    if batch.per_worker {
-        batch.labelled = batch.labelled.saturating_mul(nodes);
-        batch.unlabelled = batch.unlabelled.saturating_mul(nodes);
-        batch.per_worker = false;
-    }
+    scale(&mut config, nodes);
+    let batch = &config.batch;
     let global = batch.labelled.saturating_add(batch.unlabelled);
     if nodes > global {
         return Err(Failure::usage(format!(

@@ -1,16 +1,19 @@
-//! The networks: parameters under the reference's names, blocks, DBPNet, perturbations, SGD.
+//! The networks: parameters under the reference's names, blocks, DBPNet, perturbations, SGD, and
+//! TorchScript for those who have no use for all this.
 //!
 //! Knows nothing of processes, storage or configuration, and computes no loss. Random draws are
 //! keyed and come in from outside; batch-norm statistics change only when they are committed.
 
 mod blocks;
 mod dbpnet;
+mod export;
 mod params;
 mod perturb;
 mod sgd;
 
 pub use blocks::{Layout, Precision, Statistics, UpMode};
 pub use dbpnet::{DbpNet, DbpNetConfig, Heads, Outputs, Pyramid};
+pub use export::torchscript;
 pub use params::{HostTensor, Params, Role};
 pub use perturb::{DecoderDraws, Draws, Dropout, Noise, feature_dropout, feature_noise, key_of};
 pub use sgd::Sgd;

@@ -101,6 +101,8 @@ pub struct Header {
     pub big_endian: bool,
     /// Where voxels start in the (inflated) file.
     pub data_offset: u64,
+    /// The header itself, for files that are to lie in the same place.
+    pub(super) raw: [u8; HEADER_BYTES],
 }
 
 impl Header {
@@ -133,6 +135,7 @@ impl Header {
             scale: fields.scale()?,
             big_endian: fields.big_endian,
             data_offset: fields.data_offset()?,
+            raw: *bytes,
         })
     }
 

@@ -107,7 +107,10 @@ mod tests {
     #[test]
     fn a_spreadsheet_has_every_case_and_the_means() {
         let text = csv(&summary());
-        assert!(text.starts_with("case,class,dice,jaccard,hd95_voxel,asd_voxel,assd_voxel\n"), "{text}");
+        assert!(
+            text.starts_with("case,class,dice,jaccard,hd95_voxel,asd_voxel,assd_voxel\n"),
+            "{text}"
+        );
         assert_eq!(text.lines().count(), 1 + 2 * 2 + 3);
         assert!(text.lines().all(|line| line.split(',').count() == 7), "{text}");
         assert!(text.contains("\"mean\",\"RV\",0.5,0.5,0.5,0.5,0.5\n"), "{text}");

@@ -103,28 +103,9 @@ pub fn encode_like(
     packed(&header_like(like, extent, voxels.kind())?, voxels, gzip)
 }
 
-/// Fields that say where voxels lie: offset in the header, number of values, bytes of a value.
-const PLACE: [(usize, usize, usize); 7] = [
-    (39, 1, 1),   // dim_info
-    (40, 8, 2),   // dim
-    (76, 8, 4),   // pixdim, with the qform's handedness
-    (123, 1, 1),  // xyzt_units
-    (136, 1, 4),  // toffset
-    (252, 2, 2),  // qform_code, sform_code
-    (256, 18, 4), // quatern, qoffset, srow
-];
-
 fn header_like(like: &Header, extent: Extent, kind: Kind) -> Result<Vec<u8>, NiftiError> {
     let mut header = vec![0; DATA_OFFSET_MIN as usize];
-    for (start, values, size) in PLACE {
-        for at in (start..start + values * size).step_by(size) {
-            let value = &mut header[at..at + size];
-            value.copy_from_slice(&like.raw[at..at + size]);
-            if like.big_endian {
-                value.reverse();
-            }
-        }
-    }
+    header[..HEADER_BYTES].copy_from_slice(&like.place);
     let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
     if let Extent::Channels(channels) = extent {
         let channels = i16::try_from(channels).map_err(|_| {
@@ -134,7 +115,7 @@ fn header_like(like: &Header, extent: Extent, kind: Kind) -> Result<Vec<u8>, Nif
             put(at, &side.to_le_bytes());
         }
         put(92, &1_f32.to_le_bytes()); // pixdim[4]: was seconds, if anything
-        put(123, &[like.raw[123] & 7]); // the unit of space without that of time
+        put(123, &[like.place[123] & 7]); // the unit of space without that of time
     }
     put(0, &(HEADER_BYTES as u32).to_le_bytes());
     put(38, b"r");

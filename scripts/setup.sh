@@ -21,7 +21,7 @@ usage: scripts/setup.sh [--cpu | --cuda] [--nccl-headers] [--peers] [--peers-tor
   --cpu           the three wheels that a machine without an NVIDIA GPU needs (0.6 GB to download)
   --cuda          all CUDA 13 libraries (3.8 GB on disk); the default where an NVIDIA driver is found
   --nccl-headers  with --cpu: also the CUDA and NCCL headers, to compile (not run) the NCCL bridge
-  --peers         a Python environment for tests that talk to other people's software (moto, numpy);
+  --peers         a Python environment for tests that talk to other people's software (moto, nibabel, numpy);
                   the last line printed is its python
   --peers-torch   the same with PyTorch and its CUDA libraries (some GB; to compare against it); implies --peers
   --quiet         say nothing unless something is fetched or wrong

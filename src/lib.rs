@@ -30,9 +30,10 @@ pub mod collective;
 pub mod model;
 
 pub mod loss;
-pub mod method;
 
 pub mod eval;
+
+pub mod method;
 
 pub mod coordinator;
 

@@ -20,6 +20,15 @@ fn mask(file: &SafeTensors<'_>, name: &str) -> (Vec<bool>, [usize; 3]) {
     (mask, view.shape().try_into().unwrap())
 }
 
+/// MedPy 0.5.2's `assd` of the five cases, in voxels and with the spacing below. The file has no ASSD.
+const ASSD: [[f64; 2]; 5] = [
+    [0.7010665576846925, 1.3456758581321875],
+    [3.445695800724429, 8.443232977963412],
+    [7.493068683780981, 22.133583195540396],
+    [0.0, 0.0],
+    [5.489159664264888, 9.656031261986874],
+];
+
 #[test]
 fn scores_agree_with_medpy() {
     let folder = std::env::var_os("CPCR_GOLDEN_DIR").map_or_else(
@@ -44,5 +53,9 @@ fn scores_agree_with_medpy() {
         close(&format!("{case}.dc_jc_hd95_asd"), &[unit.dice, unit.jaccard, unit.hd95, unit.asd]);
         let mm = score_masks(&pred, &gt, shape, [10.0, 1.25, 1.25], EmptyPolicy::Refuse).unwrap();
         close(&format!("{case}.hd95_asd_spacing_10_1.25_1.25"), &[mm.hd95, mm.asd]);
+        for (ours, theirs) in [unit.assd, mm.assd].into_iter().zip(ASSD[case]) {
+            let ours = ours.unwrap();
+            assert!((ours - theirs).abs() <= 1e-9 * theirs.max(1.0), "{ours} is not {theirs}");
+        }
     }
 }

@@ -1,15 +1,19 @@
 //! `cpcr-engine`: what needs libtorch. Started by an agent or by `cpcr`, not by people.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use cpcr::bench::step::{self, StepOptions};
 use cpcr::cli::{self, Failure};
 use cpcr::data::Split;
+use cpcr::data::import::nifti::SliceAxis;
 use cpcr::eval::{DistanceUnit, EmptyPolicy, report};
 use cpcr::proto::{Assignment, EXIT_DONE};
 use cpcr::telemetry::Guard;
-use cpcr::trainer::{EvaluateOptions, Pick};
+use cpcr::trainer::{
+    EvaluateOptions, ExportFormat, ExportOptions, Pick, PredictOptions, TrainerError,
+};
 use cpcr::types::Step;
 
 /// The part of cpcr that links libtorch; `cpcr` and its agents start it.
@@ -32,13 +36,18 @@ enum Command {
     Devices,
     /// Scores a checkpoint of a run on the volumes of a split.
     Eval(Eval),
+    /// Segments a folder of NIfTI files: a mask for each.
+    Predict(Predict),
+    /// Writes a checkpoint as safetensors or TorchScript, for other programs.
+    Export(Export),
     /// Measurements that anybody can repeat.
     #[command(subcommand)]
     Bench(Bench),
 }
 
+/// Which checkpoint.
 #[derive(Debug, clap::Args)]
-struct Eval {
+struct Source {
     /// The run's folder.
     #[arg(long, required_unless_present = "checkpoint", conflicts_with = "checkpoint")]
     run: Option<String>,
@@ -48,6 +57,28 @@ struct Eval {
     /// One checkpoint: RUN/checkpoints/step-00001200.
     #[arg(long)]
     checkpoint: Option<String>,
+}
+
+impl Source {
+    /// The run's folder, and which of its checkpoints.
+    fn resolve(self) -> Result<(String, Pick), Failure> {
+        if let Some(run) = self.run {
+            return Ok((run, self.step));
+        }
+        let url = self.checkpoint.as_deref().unwrap_or_default().trim_end_matches('/');
+        let parts = url.rsplit_once("/checkpoints/step-");
+        parts
+            .and_then(|(run, step)| Some((run.to_owned(), Pick::At(Step(step.parse().ok()?)))))
+            .ok_or_else(|| {
+                Failure::usage(format!("--checkpoint {url}: RUN/checkpoints/step-N is wanted"))
+            })
+    }
+}
+
+#[derive(Debug, clap::Args)]
+struct Eval {
+    #[command(flatten)]
+    source: Source,
     /// The dataset; default: the run's own.
     #[arg(long)]
     data: Option<String>,
@@ -62,8 +93,62 @@ struct Eval {
     empty: String,
     /// Where the scores go: FILE.json, or FILE.csv.
     #[arg(long)]
-    out: Option<std::path::PathBuf>,
+    out: Option<PathBuf>,
     /// The scores as JSON on stdout instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Predict {
+    #[command(flatten)]
+    source: Source,
+    /// The dataset that says how images are prepared; default: the run's own.
+    #[arg(long)]
+    data: Option<String>,
+    /// Folder of images, .nii or .nii.gz.
+    #[arg(long = "in", value_name = "DIR")]
+    input: PathBuf,
+    /// Folder for masks, under the images' names.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Also write each class's probability: NAME_prob.nii.gz, for a 4-D image one per time point.
+    #[arg(long)]
+    probabilities: bool,
+    /// Average the probabilities of both decoders.
+    #[arg(long)]
+    both_decoders: bool,
+    /// Average the probabilities of mirrored slices, too; takes four times as long.
+    #[arg(long)]
+    flips: bool,
+    /// Keep the largest component of each foreground class, in 3-D; probabilities stay as they are.
+    #[arg(long)]
+    largest_component: bool,
+    /// Slices that go through the network together.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: u16,
+    /// Slices are cut across: auto (the largest spacing), 0, 1 or 2 [default: as in the dataset].
+    #[arg(long)]
+    slice_axis: Option<SliceAxis>,
+    /// What came of it as JSON on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Export {
+    #[command(flatten)]
+    source: Source,
+    /// The dataset that names the classes; default: the run's own.
+    #[arg(long)]
+    data: Option<String>,
+    /// safetensors: the state dict of both decoders; torchscript: decoder 1's evaluation pass.
+    #[arg(long, value_parser = ["safetensors", "torchscript"])]
+    format: String,
+    /// The file; FILE.json beside it describes it.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// What was written as JSON on stdout.
     #[arg(long)]
     json: bool,
 }
@@ -104,7 +189,7 @@ enum Bench {
         gap_steps: usize,
         /// A Python with PyTorch, for the peer; without one only ours is measured.
         #[arg(long, env = "CPCR_PEER_PYTHON")]
-        peer_python: Option<std::path::PathBuf>,
+        peer_python: Option<PathBuf>,
     },
 }
 
@@ -125,32 +210,25 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Eval(eval) => cli::finish(score(eval)),
+        Command::Predict(predict) => cli::finish(segment(predict)),
+        Command::Export(export) => cli::finish(write(export)),
         Command::Bench(bench) => cli::finish(measure(bench)),
     }
 }
 
 fn train(assignment: &str, telemetry: &Guard) -> ExitCode {
     let result = serde_json::from_str::<Assignment>(assignment).map_err(Failure::usage);
-    cli::finish(result.and_then(|assignment| {
-        cpcr::trainer::run(&assignment, telemetry)
-            .map_err(|error| Failure { message: error.to_string(), status: error.exit_status() })
-    }))
+    cli::finish(
+        result.and_then(|assignment| cpcr::trainer::run(&assignment, telemetry).map_err(failure)),
+    )
+}
+
+fn failure(error: TrainerError) -> Failure {
+    Failure { message: error.to_string(), status: error.exit_status() }
 }
 
 fn score(eval: Eval) -> Result<i32, Failure> {
-    let (run, pick) = match (eval.run, &eval.checkpoint) {
-        (Some(run), _) => (run, eval.step),
-        (None, checkpoint) => {
-            let url = checkpoint.as_deref().unwrap_or_default().trim_end_matches('/');
-            let parts = url.rsplit_once("/checkpoints/step-");
-            let (run, step) = parts
-                .and_then(|(run, step)| Some((run.to_owned(), step.parse().ok()?)))
-                .ok_or_else(|| {
-                    Failure::usage(format!("--checkpoint {url}: RUN/checkpoints/step-N is wanted"))
-                })?;
-            (run, Pick::At(Step(step)))
-        }
-    };
+    let (run, pick) = eval.source.resolve()?;
     let options = EvaluateOptions {
         run,
         pick,
@@ -164,8 +242,7 @@ fn score(eval: Eval) -> Result<i32, Failure> {
             _ => EmptyPolicy::Zero,
         },
     };
-    let found = cpcr::trainer::evaluate(&options)
-        .map_err(|error| Failure { message: error.to_string(), status: error.exit_status() })?;
+    let found = cpcr::trainer::evaluate(&options).map_err(failure)?;
     let json = serde_json::json!({
         "run": options.run, "step": found.step, "split": eval.split, "summary": found.summary,
     });
@@ -180,6 +257,58 @@ fn score(eval: Eval) -> Result<i32, Failure> {
     } else {
         println!("step {} of {}, {} split", found.step, options.run, eval.split);
         print!("{}", report::text_table(&found.summary));
+    }
+    Ok(EXIT_DONE)
+}
+
+fn segment(predict: Predict) -> Result<i32, Failure> {
+    let (run, pick) = predict.source.resolve()?;
+    let options = PredictOptions {
+        run,
+        pick,
+        data: predict.data,
+        input: predict.input,
+        out: predict.out,
+        probabilities: predict.probabilities,
+        both_decoders: predict.both_decoders,
+        flips: predict.flips,
+        largest_component: predict.largest_component,
+        batch: predict.batch.into(),
+        slice_axis: predict.slice_axis,
+    };
+    let found = cpcr::trainer::predict(&options, |done, of, path, outcome| match outcome {
+        Ok(()) => eprintln!("{done} of {of} files: {}", path.display()),
+        Err(why) => eprintln!("{done} of {of} files: FAILED: {why}"),
+    })
+    .map_err(failure)?;
+    if predict.json {
+        let json = serde_json::json!({
+            "run": options.run, "step": found.step, "masks": found.masks, "failures": found.failures,
+        });
+        println!("{json}");
+    }
+    match found.failures.as_slice() {
+        [] => Ok(EXIT_DONE),
+        [only] => Err(Failure::failed(only)),
+        many => Err(Failure::failed(format!("{} files failed: {}", many.len(), many.join("; ")))),
+    }
+}
+
+fn write(export: Export) -> Result<i32, Failure> {
+    let (run, pick) = export.source.resolve()?;
+    let format = match export.format.as_str() {
+        "torchscript" => ExportFormat::TorchScript,
+        _ => ExportFormat::Safetensors,
+    };
+    let options = ExportOptions { run, pick, data: export.data, format, out: export.out };
+    let (step, description) = cpcr::trainer::export(&options).map_err(failure)?;
+    if export.json {
+        let json = serde_json::json!({
+            "run": options.run, "step": step, "file": options.out, "description": description,
+        });
+        println!("{json}");
+    } else {
+        eprintln!("step {step} of {}: {}", options.run, options.out.display());
     }
     Ok(EXIT_DONE)
 }

@@ -68,6 +68,20 @@ enum Command {
     },
     /// Trains every method with every seed and writes one table.
     Compare(Box<CompareArguments>),
+    /// Segments a folder of NIfTI files with a checkpoint: a mask for each.
+    #[command(disable_help_flag = true)]
+    Predict {
+        /// Handed to cpcr-engine.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// Writes a checkpoint as safetensors or TorchScript, for other programs.
+    #[command(disable_help_flag = true)]
+    Export {
+        /// Handed to cpcr-engine.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
     /// Measures: `bench step`.
     #[command(disable_help_flag = true)]
     Bench {
@@ -214,6 +228,8 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
         Command::Eval { rest } => engine("eval", &rest),
         Command::Compare(arguments) => compare::compare(*arguments).await,
+        Command::Predict { rest } => engine("predict", &rest),
+        Command::Export { rest } => engine("export", &rest),
         Command::Bench { rest } => engine("bench", &rest),
     }
 }

@@ -15,6 +15,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
+use super::preprocess::Preprocessing;
 use crate::types::ObjectDigest;
 
 /// The newest format this program reads, and the one it writes.
@@ -117,6 +118,10 @@ pub struct Manifest {
     pub name: String,
     /// Class names by label value; the first is the background.
     pub classes: Vec<String>,
+    /// How its volumes were made from images. Left out where it is the default, which is what
+    /// manifests without it mean.
+    #[serde(default, skip_serializing_if = "Preprocessing::is_default")]
+    pub preprocessing: Preprocessing,
     /// Rows in a block, which is a Parquet row group.
     pub block_rows: u64,
     /// Shards, the splits one after the other, rows in order.
@@ -385,6 +390,7 @@ mod tests {
             format: FORMAT,
             name: "test".to_owned(),
             classes: vec!["background".to_owned(), "heart".to_owned()],
+            preprocessing: Preprocessing::default(),
             block_rows: 4,
             shards: vec![shard(Split::Train, 8), shard(Split::Val, 2)],
             volumes: vec![

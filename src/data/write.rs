@@ -12,6 +12,7 @@ use super::error::DataError;
 use super::manifest::{
     FORMAT, MANIFEST_PATH, MAX_BLOCK_ROWS, Manifest, ShardEntry, Split, VolumeEntry, to_json,
 };
+use super::preprocess::Preprocessing;
 use super::shard::{SliceRow, encode};
 use super::source::ObjectWriter;
 use crate::data::augment::Shape;
@@ -24,6 +25,8 @@ pub struct WriteOptions {
     pub name: String,
     /// Class names by label value, background first.
     pub classes: Vec<String>,
+    /// How volumes were made from images, for those that are predicted later.
+    pub preprocessing: Preprocessing,
     /// Rows in a block: what is fetched at once.
     pub block_rows: u32,
     /// Blocks in a shard.
@@ -38,6 +41,7 @@ impl WriteOptions {
         Self {
             name: name.into(),
             classes: classes.iter().map(|class| (*class).to_owned()).collect(),
+            preprocessing: Preprocessing::default(),
             block_rows: 8,
             shard_blocks: 32,
             zstd_level: 3,
@@ -151,6 +155,7 @@ impl DatasetWriter {
             format: FORMAT,
             name: self.options.name.clone(),
             classes: self.options.classes.clone(),
+            preprocessing: self.options.preprocessing,
             block_rows: u64::from(self.options.block_rows),
             shards: self.pending.into_values().flat_map(|pending| pending.shards).collect(),
             volumes: self.volumes,

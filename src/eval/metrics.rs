@@ -21,7 +21,7 @@ pub const PENALTY_DISTANCE: f64 = 100.0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EmptyPolicy {
-    /// All four numbers are 0 where either mask is empty: the SSL4MIS protocol, the default. It
+    /// All five numbers are 0 where either mask is empty: the SSL4MIS protocol, the default. It
     /// flatters distances, so the count of empty cases must be read with them.
     #[default]
     Zero,
@@ -62,7 +62,7 @@ impl Emptiness {
     }
 }
 
-/// The four numbers for one class of one case; `None` where the policy leaves one undefined.
+/// The five numbers for one class of one case; `None` where the policy leaves one undefined.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ClassScores {
     /// 2|P n T| / (|P| + |T|), in `0..=1`.
@@ -73,6 +73,10 @@ pub struct ClassScores {
     pub hd95: Option<f64>,
     /// Mean distance from the prediction's surface to the truth's, in the spacing's unit.
     pub asd: Option<f64>,
+    /// Mean of the ASDs in both directions (MedPy's `assd`), in the spacing's unit. Absent in what
+    /// older versions wrote.
+    #[serde(default)]
+    pub assd: Option<f64>,
     /// Which masks were empty.
     pub empty: Emptiness,
 }
@@ -136,6 +140,7 @@ pub fn score_masks(
         jaccard: Some(both as f64 / (predicted + real - both) as f64),
         hd95: Some(distances.hd95()),
         asd: Some(distances.asd()),
+        assd: Some(distances.assd()),
         empty,
     })
 }
@@ -170,7 +175,8 @@ fn scores_of_empty(empty: Emptiness, policy: EmptyPolicy) -> Result<ClassScores,
         EmptyPolicy::Penalise => (Some(0.0), Some(PENALTY_DISTANCE)),
         EmptyPolicy::Refuse => return Err(MetricError::Empty(empty)),
     };
-    Ok(ClassScores { dice: overlap, jaccard: overlap, hd95: distance, asd: distance, empty })
+    let [hd95, asd, assd] = [distance; 3];
+    Ok(ClassScores { dice: overlap, jaccard: overlap, hd95, asd, assd, empty })
 }
 
 /// Distances between the surfaces of two masks that both have voxels.
@@ -193,13 +199,22 @@ impl SurfaceDistances {
     }
 
     fn asd(&self) -> f64 {
-        self.to_truth.iter().sum::<f64>() / self.to_truth.len() as f64
+        mean(&self.to_truth)
+    }
+
+    /// The mean of both means, not the mean over both surfaces' voxels: as MedPy has it.
+    fn assd(&self) -> f64 {
+        f64::midpoint(mean(&self.to_truth), mean(&self.to_prediction))
     }
 
     fn hd95(&self) -> f64 {
         let mut pooled = [self.to_truth.as_slice(), &self.to_prediction].concat();
         percentile(&mut pooled, 95.0)
     }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// NumPy's default percentile: linear interpolation between the two nearest order statistics.
@@ -396,7 +411,8 @@ mod tests {
         assert_eq!((left_out.dice, left_out.hd95), (Some(0.0), None));
         assert_eq!(score(&none, &none, EmptyPolicy::Exclude).unwrap().dice, None);
         let penalty = score(&some, &none, EmptyPolicy::Penalise).unwrap();
-        assert_eq!((penalty.dice, penalty.asd), (Some(0.0), Some(PENALTY_DISTANCE)));
+        let far = Some(PENALTY_DISTANCE);
+        assert_eq!((penalty.dice, penalty.asd, penalty.assd), (Some(0.0), far, far));
         assert_eq!(score(&none, &none, EmptyPolicy::Penalise).unwrap().dice, Some(1.0));
         assert_eq!(
             score(&none, &some, EmptyPolicy::Refuse),

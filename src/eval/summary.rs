@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::metrics::EmptyPolicy;
 use super::volumes::{CaseScores, DistanceUnit, EvalSettings};
 
-/// Means of the four scores; `None` where no case defined one.
+/// Means of the five scores; `None` where no case defined one.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Means {
     /// Mean Dice, `0..=1`.
@@ -20,6 +20,9 @@ pub struct Means {
     pub hd95: Option<f64>,
     /// Mean ASD, in the summary's unit.
     pub asd: Option<f64>,
+    /// Mean ASSD, in the summary's unit.
+    #[serde(default)]
+    pub assd: Option<f64>,
 }
 
 /// One row of the per-class table.
@@ -106,6 +109,7 @@ impl Summary {
                 jaccard: mean(classes.iter().map(|c| c.means.jaccard)),
                 hd95: mean(classes.iter().map(|c| c.means.hd95)),
                 asd: mean(classes.iter().map(|c| c.means.asd)),
+                assd: mean(classes.iter().map(|c| c.means.assd)),
             },
             empty_predictions: classes.iter().map(|c| c.empty_predictions).sum(),
             classes,
@@ -124,6 +128,7 @@ fn class_summary(cases: &[CaseScores], index: usize, name: &str) -> ClassSummary
             jaccard: mean(scores().map(|s| s.jaccard)),
             hd95: mean(scores().map(|s| s.hd95)),
             asd: mean(scores().map(|s| s.asd)),
+            assd: mean(scores().map(|s| s.assd)),
         },
         empty_predictions: scores().filter(|s| s.empty.prediction_is_empty()).count(),
         empty_truths: scores().filter(|s| s.empty.truth_is_empty()).count(),
@@ -149,6 +154,7 @@ mod tests {
                 jaccard: dice,
                 hd95: dice,
                 asd: dice,
+                assd: dice,
                 empty: if dice.is_some() { Emptiness::Neither } else { Emptiness::Both },
             })
             .to_vec();

@@ -30,6 +30,24 @@ pub trait Segmenter {
     ) -> Result<Vec<u8>, Self::Error>;
 }
 
+/// Labels, and the probability of each class.
+pub type LabelsAndProbabilities = (Vec<u8>, Vec<f32>);
+
+/// A segmenter that also says how sure it is.
+pub trait ProbabilitySegmenter: Segmenter {
+    /// As [`Segmenter::segment`], with the probability of each class, `[n, classes, h, w]`.
+    ///
+    /// # Errors
+    /// Whatever the model reports.
+    fn segment_with_probabilities(
+        &mut self,
+        slices: &[f32],
+        n: usize,
+        h: usize,
+        w: usize,
+    ) -> Result<LabelsAndProbabilities, Self::Error>;
+}
+
 /// Zooms one slice `[h, w]` from the first size to the second.
 pub type ZoomFn<'a, T> = dyn Fn(&[T], Size, Size) -> Vec<T> + 'a;
 
@@ -151,34 +169,95 @@ pub fn segment_volume<S: Segmenter>(
     settings: &EvalSettings,
     zoom: Zoom<'_>,
 ) -> Result<Vec<u8>, EvalError<S::Error>> {
-    let check = |what, actual, expected| match actual == expected {
+    let mut labels = Vec::with_capacity(d * h * w);
+    let (patch_h, patch_w) = settings.patch;
+    by_patches(case, image, [d, h, w], settings, zoom, |patches, n| {
+        let predicted = segmenter
+            .segment(patches, n, patch_h, patch_w)
+            .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
+        check(case, "prediction", predicted.len(), n * patch_h * patch_w)?;
+        for slice in predicted.chunks(patch_h * patch_w) {
+            labels.extend((zoom.label)(slice, settings.patch, (h, w)));
+        }
+        Ok(())
+    })?;
+    check(case, "prediction zoomed back", labels.len(), d * h * w)?;
+    Ok(labels)
+}
+
+/// As [`segment_volume`], with the probability of each class, `[D, classes, H, W]`, whose largest
+/// the labels are.
+///
+/// # Errors
+/// As [`segment_volume`].
+pub fn segment_with_probabilities<S: ProbabilitySegmenter>(
+    segmenter: &mut S,
+    case: &str,
+    image: &[f32],
+    [d, h, w]: [usize; 3],
+    settings: &EvalSettings,
+    zoom: Zoom<'_>,
+) -> Result<LabelsAndProbabilities, EvalError<S::Error>> {
+    let classes = usize::from(settings.classes);
+    let (patch_h, patch_w) = settings.patch;
+    let pixels = patch_h * patch_w;
+    let mut labels = Vec::with_capacity(d * h * w);
+    let mut probabilities = Vec::with_capacity(d * classes * h * w);
+    by_patches(case, image, [d, h, w], settings, zoom, |patches, n| {
+        let (predicted, each) = segmenter
+            .segment_with_probabilities(patches, n, patch_h, patch_w)
+            .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
+        check(case, "prediction", predicted.len(), n * pixels)?;
+        check(case, "probabilities", each.len(), n * classes * pixels)?;
+        for slice in predicted.chunks(pixels) {
+            labels.extend((zoom.label)(slice, settings.patch, (h, w)));
+        }
+        for plane in each.chunks(pixels) {
+            probabilities.extend((zoom.image)(plane, settings.patch, (h, w)));
+        }
+        Ok(())
+    })?;
+    check(case, "prediction zoomed back", labels.len(), d * h * w)?;
+    check(case, "probabilities zoomed back", probabilities.len(), d * classes * h * w)?;
+    Ok((labels, probabilities))
+}
+
+fn check<E: std::error::Error + Send + Sync + 'static>(
+    case: &str,
+    what: &'static str,
+    actual: usize,
+    expected: usize,
+) -> Result<(), EvalError<E>> {
+    match actual == expected {
         true => Ok(()),
         false => Err(EvalError::Length { case: case.to_owned(), what, expected, actual }),
-    };
-    check("image", image.len(), d * h * w)?;
-    let (patch_h, patch_w) = settings.patch;
-    let patch_len = patch_h * patch_w;
-    let mut labels = Vec::with_capacity(d * h * w);
-    if image.is_empty() {
-        return Ok(labels);
     }
+}
+
+/// Zooms slices to the patch size and hands them to `work`, a batch `[n, patch]` at a time.
+fn by_patches<E: std::error::Error + Send + Sync + 'static>(
+    case: &str,
+    image: &[f32],
+    [d, h, w]: [usize; 3],
+    settings: &EvalSettings,
+    zoom: Zoom<'_>,
+    mut work: impl FnMut(&[f32], usize) -> Result<(), EvalError<E>>,
+) -> Result<(), EvalError<E>> {
+    check(case, "image", image.len(), d * h * w)?;
+    if image.is_empty() {
+        return Ok(());
+    }
+    let patch_len = settings.patch.0 * settings.patch.1;
     for slices in image.chunks(settings.batch.max(1) * h * w) {
         let n = slices.len() / (h * w);
         let mut patches = Vec::with_capacity(n * patch_len);
         for slice in slices.chunks(h * w) {
             patches.extend((zoom.image)(slice, (h, w), settings.patch));
         }
-        check("zoomed slices", patches.len(), n * patch_len)?;
-        let predicted = segmenter
-            .segment(&patches, n, patch_h, patch_w)
-            .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
-        check("prediction", predicted.len(), n * patch_len)?;
-        for slice in predicted.chunks(patch_len) {
-            labels.extend((zoom.label)(slice, settings.patch, (h, w)));
-        }
+        check(case, "zoomed slices", patches.len(), n * patch_len)?;
+        work(&patches, n)?;
     }
-    check("prediction zoomed back", labels.len(), d * h * w)?;
-    Ok(labels)
+    Ok(())
 }
 
 /// Segments a volume and scores every foreground class in 3-D.
@@ -277,6 +356,47 @@ mod tests {
             assert_eq!(scores.classes.len(), 2);
             assert!(scores.classes.iter().all(|c| c.dice == Some(1.0) && c.hd95 == Some(0.0)));
             assert_eq!(model.largest_batch, batch.min(5));
+        }
+    }
+
+    impl ProbabilitySegmenter for Rounds {
+        fn segment_with_probabilities(
+            &mut self,
+            slices: &[f32],
+            n: usize,
+            h: usize,
+            w: usize,
+        ) -> Result<(Vec<u8>, Vec<f32>), Infallible> {
+            let labels = self.segment(slices, n, h, w)?;
+            let sure = |slice: &[u8]| -> Vec<f32> {
+                (0..3)
+                    .flat_map(|c| slice.iter().map(move |l| f32::from(u8::from(*l == c))))
+                    .collect()
+            };
+            let probabilities = labels.chunks(h * w).flat_map(sure).collect();
+            Ok((labels, probabilities))
+        }
+    }
+
+    #[test]
+    fn probabilities_come_slice_by_slice_then_class_by_class() {
+        let label: Vec<u8> = (0..5 * 4 * 2).map(|i| (i / 7 % 3) as u8).collect();
+        let image: Vec<f32> = label.iter().map(|l| f32::from(*l)).collect();
+        for batch in [1, 2, 100] {
+            let mut model = Rounds { largest_batch: 0 };
+            let shape = [5, 4, 2];
+            let (labels, probabilities) =
+                segment_with_probabilities(&mut model, "a", &image, shape, &settings(batch), ZOOM)
+                    .unwrap();
+            assert_eq!(labels, label);
+            assert_eq!(probabilities.len(), 3 * label.len());
+            for (at, label) in label.iter().enumerate() {
+                let (slice, pixel) = (at / 8, at % 8);
+                for class in 0..3 {
+                    let found = probabilities[(slice * 3 + class) * 8 + pixel];
+                    assert_eq!(found, f32::from(u8::from(usize::from(*label) == class)));
+                }
+            }
         }
     }
 

@@ -12,7 +12,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Method, MethodError, Passes, StepInput, components, main_logits, u_net};
+use super::{Method, MethodError, Passes, StepInput, main_logits, u_net};
+use crate::eval::components::keep_largest;
 use crate::loss::{LossError, StepLoss, cross_entropy, dice};
 use crate::model::{Cast, Draws, Ensemble, Heads, NetworkConfig, key_of};
 
@@ -127,9 +128,9 @@ impl Bcp {
         let (size, device) = (classes.size(), classes.device());
         let flat = classes.f_to_kind(Kind::Uint8)?.f_to_device(Device::Cpu)?.f_reshape([-1i64])?;
         let mut labels: Vec<u8> = Vec::<u8>::try_from(&flat)?;
-        let (pixels, width) = ((size[1] * size[2]) as usize, size[2] as usize);
-        for slice in labels.chunks_mut(pixels.max(1)) {
-            components::keep_largest(slice, width);
+        let [height, width] = [size[1], size[2]].map(|side| side as usize);
+        for slice in labels.chunks_mut((height * width).max(1)) {
+            keep_largest(slice, [1, height, width]);
         }
         let labels = Tensor::f_from_slice(&labels)?.f_view(size.as_slice())?;
         Ok(labels.f_to_kind(Kind::Int64)?.f_to_device(device)?)

@@ -6,7 +6,6 @@
 //! and lengths are numbers. Not here: building a method from a configuration (the trainer does).
 
 mod bcp;
-mod components;
 mod cpcr;
 mod cps;
 mod mcnet;

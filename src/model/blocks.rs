@@ -14,8 +14,8 @@ use super::perturb::{self, Dropout};
 use crate::bridge::ops::{self, SumOverRanks};
 
 /// Slope of the leaky ReLU below zero, epsilon and momentum of batch norm: PyTorch's defaults.
-const SLOPE: f64 = 0.01;
-const EPS: f64 = 1e-5;
+pub(super) const SLOPE: f64 = 0.01;
+pub(super) const EPS: f64 = 1e-5;
 const MOMENTUM: f64 = 0.1;
 
 /// Memory order of weights and activations.

@@ -1,11 +1,12 @@
-//! The networks: parameters under the reference's names, blocks, the network, perturbations, SGD, and
-//! the networks that a method trains together.
+//! The networks: parameters under the reference's names, blocks, the network, perturbations, SGD, the
+//! networks that a method trains together, and TorchScript for those who have no use for all this.
 //!
 //! Knows nothing of processes, storage or configuration, and computes no loss. Random draws are
 //! keyed and come in from outside; batch-norm statistics change only when they are committed.
 
 mod blocks;
 mod ensemble;
+mod export;
 mod network;
 mod params;
 mod perturb;
@@ -13,6 +14,7 @@ mod sgd;
 
 pub use blocks::{Layout, Precision, Statistics, UpMode};
 pub use ensemble::{Cast, Ensemble, main_state};
+pub use export::torchscript;
 pub use network::{Heads, Network, NetworkConfig, Outputs, Pyramid};
 pub use params::{HostTensor, Params, Role};
 pub use perturb::{

@@ -175,6 +175,15 @@ impl Decoder {
     }
 }
 
+/// The references' names: a lone decoder has no number.
+fn decoder_name(decoder: usize, of: usize) -> &'static str {
+    match (decoder, of) {
+        (0, 1) => "decoder",
+        (0, _) => "decoder1",
+        _ => "decoder2",
+    }
+}
+
 /// The network.
 #[derive(Debug)]
 pub struct Network {
@@ -216,11 +225,8 @@ impl Network {
         ];
         let mut decoders = Vec::with_capacity(2);
         for (i, mode) in config.up.iter().enumerate() {
-            let name = match config.up.len() {
-                1 => "decoder".to_owned(),
-                _ => format!("decoder{}", i + 1),
-            };
-            decoders.push(Decoder::new(&mut params, &name, &config, *mode)?);
+            let name = decoder_name(i, config.up.len());
+            decoders.push(Decoder::new(&mut params, name, &config, *mode)?);
         }
         Ok(Self { config, params, encoder, decoders })
     }
@@ -229,6 +235,12 @@ impl Network {
     #[must_use]
     pub fn config(&self) -> &NetworkConfig {
         &self.config
+    }
+
+    /// What the names of the decoder begin with whose main output counts at inference.
+    #[must_use]
+    pub fn first_decoder(&self) -> &'static str {
+        decoder_name(0, self.decoders.len())
     }
 
     /// Its parameters and buffers.

@@ -66,6 +66,9 @@ pub enum TrainerError {
     /// Evaluation or the report failed.
     #[error("{0}")]
     Report(String),
+    /// What was asked for cannot be done: change the arguments.
+    #[error("{0}")]
+    Unusable(String),
     /// The operating system refused.
     #[error("{0}")]
     System(#[from] std::io::Error),
@@ -101,6 +104,7 @@ impl TrainerError {
             | Self::InitialWeights { .. }
             | Self::Device(_)
             | Self::Report(_)
+            | Self::Unusable(_)
             | Self::Diverged { .. } => false,
         }
     }
@@ -109,7 +113,10 @@ impl TrainerError {
     #[must_use]
     pub fn exit_status(&self) -> i32 {
         match self {
-            Self::Config(_) | Self::Mismatch { .. } | Self::InitialWeights { .. } => EXIT_USAGE,
+            Self::Config(_)
+            | Self::Mismatch { .. }
+            | Self::InitialWeights { .. }
+            | Self::Unusable(_) => EXIT_USAGE,
             _ => EXIT_FAILED,
         }
     }

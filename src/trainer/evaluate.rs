@@ -59,12 +59,7 @@ pub struct Evaluated {
 /// # Errors
 /// [`TrainerError`]: no such checkpoint, a dataset of other classes, volumes without labels.
 pub fn evaluate(options: &EvaluateOptions) -> Result<Evaluated, TrainerError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let run = Store::open(&options.run, &StoreOptions::default().existing())?;
-    let text = runtime.block_on(run.get("config.toml"))?;
-    let config =
-        config::load(&ConfigSource::Text(String::from_utf8_lossy(&text).into_owned()), &[])?;
-    let checkpoint = runtime.block_on(pick(&run, options.pick))?;
+    let (config, checkpoint) = open_run(&options.run, options.pick)?;
     let data = options.data.clone().or_else(|| config.data.url.clone()).unwrap_or_default();
     let store = Store::open(&data, &StoreOptions::default().existing())?;
     let dataset = Dataset::open(Arc::new(store))?;
@@ -86,6 +81,35 @@ pub fn evaluate(options: &EvaluateOptions) -> Result<Evaluated, TrainerError> {
     let summary = Summary::of([cases], &names, &settings)
         .map_err(|error| TrainerError::Report(error.to_string()))?;
     Ok(Evaluated { step: checkpoint.manifest.step, summary })
+}
+
+/// The configuration of a run, and one of its checkpoints.
+pub(super) fn open_run(url: &str, wanted: Pick) -> Result<(RunConfig, Checkpoint), TrainerError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let run = Store::open(url, &StoreOptions::default().existing())?;
+    let text = runtime.block_on(run.get("config.toml"))?;
+    let config =
+        config::load(&ConfigSource::Text(String::from_utf8_lossy(&text).into_owned()), &[])?;
+    let checkpoint = runtime.block_on(pick(&run, wanted))?;
+    Ok((config, checkpoint))
+}
+
+/// The dataset that a run was trained on, or the one named instead: for its classes and for how its
+/// images were prepared.
+pub(super) fn open_dataset(
+    named: Option<&String>,
+    config: &RunConfig,
+) -> Result<Dataset, TrainerError> {
+    let url = named.or(config.data.url.as_ref()).cloned().unwrap_or_default();
+    let opened = Store::open(&url, &StoreOptions::default().existing())
+        .map_err(TrainerError::from)
+        .and_then(|store| Ok(Dataset::open(Arc::new(store))?));
+    opened.map_err(|error| {
+        TrainerError::Report(format!(
+            "the dataset {url} names the classes and how images are prepared: {error}; say where \
+             it is with --data URL"
+        ))
+    })
 }
 
 async fn pick(run: &Store, pick: Pick) -> Result<Checkpoint, TrainerError> {
@@ -111,7 +135,7 @@ fn history(checkpoint: &Checkpoint) -> RunHistory {
 }
 
 /// The network of a run with a checkpoint's weights.
-fn trained(
+pub(super) fn trained(
     config: &RunConfig,
     checkpoint: &Checkpoint,
     dataset: &Dataset,

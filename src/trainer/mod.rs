@@ -6,16 +6,21 @@
 mod device;
 mod error;
 mod evaluate;
+mod export;
+mod files;
 mod methods;
 mod orders;
 mod persist;
+mod predict;
 mod ranks;
 mod setup;
 mod validate;
 
 pub use error::TrainerError;
 pub use evaluate::{EvaluateOptions, Evaluated, Pick, evaluate};
+pub use export::{ExportFormat, ExportOptions, export};
 pub use orders::emit;
+pub use predict::{PredictOptions, Predicted, predict};
 
 use std::collections::BTreeMap;
 use std::time::Instant;

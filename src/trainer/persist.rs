@@ -112,7 +112,7 @@ pub fn final_report(t: &mut Trainer) -> Result<(), TrainerError> {
 
 const DTYPES: [(&str, Dtype); 3] = [("F32", Dtype::F32), ("F64", Dtype::F64), ("I64", Dtype::I64)];
 
-fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
+pub(super) fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
     let dtypes = BTreeMap::from(DTYPES);
     tensors
         .into_iter()

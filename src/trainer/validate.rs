@@ -22,7 +22,7 @@ pub(super) const BATCH: usize = 8;
 const OVERLAYS: usize = 3;
 
 /// The network as `eval` sees it: decoder 1's main output, arg-max over classes.
-struct ArgMax<'a>(&'a Network);
+pub(super) struct ArgMax<'a>(pub(super) &'a Network);
 
 impl Segmenter for ArgMax<'_> {
     type Error = ModelError;
@@ -43,7 +43,7 @@ impl Segmenter for ArgMax<'_> {
     }
 }
 
-fn zoom() -> Zoom<'static> {
+pub(super) fn zoom() -> Zoom<'static> {
     Zoom { image: &augment::zoom::<f32>, label: &augment::zoom::<u8> }
 }
 

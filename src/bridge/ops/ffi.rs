@@ -68,4 +68,12 @@ unsafe extern "C" {
         g2: *mut Out,
         values: *mut Out,
     ) -> c_int;
+    pub(super) fn cpcr_ops_script(
+        names: *const *const c_char,
+        tensors: *const In,
+        are_buffers: *const c_int,
+        n: i64,
+        source: *const c_char,
+        out: *mut Out,
+    ) -> c_int;
 }

@@ -1,5 +1,5 @@
 //! Tensor operations that `tch` lacks, as safe functions over a small C++ file each: backward
-//! from given gradients, SGD with state, channels-last, fused batch norm and fused losses.
+//! from given gradients, SGD with state, channels-last, fused batch norm, fused losses, TorchScript.
 //!
 //! Not a tensor library: whatever `tch` can do well is done with `tch`. The kernels are for the
 //! CPU; callers choose another way on other devices.
@@ -7,6 +7,7 @@
 
 mod ffi;
 mod fused;
+mod script;
 
 use std::ffi::CStr;
 
@@ -16,6 +17,7 @@ pub use fused::{
     NormAct, PairGradients, PairTerms, SumOverRanks, conv3x3, conv3x3_pair, dice_sums, norm_act,
     pair_loss,
 };
+pub use script::{ScriptTensor, script_module};
 
 /// Why an operation of the bridge failed.
 #[derive(Debug, thiserror::Error)]

@@ -8,6 +8,17 @@ pub(super) const HEADER_BYTES: usize = 348;
 /// Where voxels start at the earliest: after the header and the four bytes that announce extensions.
 pub(super) const DATA_OFFSET_MIN: u64 = 352;
 
+/// Fields that say where voxels lie: offset in the header, number of values, bytes of a value.
+const PLACE: [(usize, usize, usize); 7] = [
+    (39, 1, 1),   // dim_info
+    (40, 8, 2),   // dim
+    (76, 8, 4),   // pixdim, with the qform's handedness
+    (123, 1, 1),  // xyzt_units
+    (136, 1, 4),  // toffset
+    (252, 2, 2),  // qform_code, sform_code
+    (256, 18, 4), // quatern, qoffset, srow
+];
+
 /// How a voxel is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -101,6 +112,9 @@ pub struct Header {
     pub big_endian: bool,
     /// Where voxels start in the (inflated) file.
     pub data_offset: u64,
+    /// The fields of [`PLACE`] where they stand, little-endian, and zeros elsewhere: for files
+    /// that are to lie in the same place.
+    pub(super) place: [u8; HEADER_BYTES],
 }
 
 impl Header {
@@ -133,6 +147,7 @@ impl Header {
             scale: fields.scale()?,
             big_endian: fields.big_endian,
             data_offset: fields.data_offset()?,
+            place: fields.place(),
         })
     }
 
@@ -182,6 +197,20 @@ impl<'a> Fields<'a> {
 
     fn f32(&self, at: usize) -> f64 {
         f64::from(f32::from_le_bytes(self.array(at)))
+    }
+
+    fn place(&self) -> [u8; HEADER_BYTES] {
+        let mut place = [0; HEADER_BYTES];
+        for (start, values, size) in PLACE {
+            for at in (start..start + values * size).step_by(size) {
+                let value = &mut place[at..at + size];
+                value.copy_from_slice(&self.bytes[at..at + size]);
+                if self.big_endian {
+                    value.reverse();
+                }
+            }
+        }
+        place
     }
 
     fn shape(&self) -> Result<[usize; 4], NiftiError> {

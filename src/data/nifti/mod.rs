@@ -21,7 +21,7 @@ mod write;
 pub use error::NiftiError;
 pub use header::{Geometry, Header, Kind};
 pub use read::{Nifti, read, read_file};
-pub use write::{Voxels, encode, write_file};
+pub use write::{Extent, Voxels, encode, encode_like, write_file};
 
 #[cfg(test)]
 mod tests;

@@ -371,6 +371,48 @@ fn what_is_written_reads_back_with_its_geometry() {
 }
 
 #[test]
+fn a_file_made_like_another_lies_where_that_one_does() {
+    for big in [false, true] {
+        let made = |big: bool| {
+            let mut raw = Raw::new(Kind::I16, big, &[2, 3, 2, 1], &[5.0; 12]);
+            raw.f32(76, -1.0);
+            raw.i16(252, 1);
+            raw.i16(254, 2);
+            for at in 0..18 {
+                raw.f32(256 + 4 * at, 0.05 * at as f32 + 0.01);
+            }
+            raw.f32(112, 2.0);
+            raw.f32(116, -7.0);
+            raw.bytes[39] = 0b11_10_01;
+            raw.bytes[123] = 2 | 8; // millimetres, seconds
+            raw
+        };
+        let (source, little) = (made(big).read().unwrap(), made(false).bytes);
+        let bytes =
+            encode_like(&source.header, Extent::Same, Voxels::Labels(&[3; 12]), false).unwrap();
+        for (start, end) in [(39, 56), (76, 108), (123, 124), (136, 140), (252, 328)] {
+            assert_eq!(bytes[start..end], little[start..end], "{start}, big endian: {big}");
+        }
+        assert_eq!(bytes[112..120], [0; 8], "no slope, no intercept");
+        let mask = parse(&bytes).unwrap();
+        assert_eq!(mask.header.geometry, source.header.geometry);
+        assert_eq!(mask.frame(0, |value| value), Some(vec![3.0; 12]));
+        // Probabilities of five classes.
+        let floats = [0.5; 60];
+        let channels = Extent::Channels(5);
+        let bytes = encode_like(&source.header, channels, Voxels::Floats(&floats), true).unwrap();
+        let many = parse(&bytes).unwrap();
+        assert_eq!(many.header.geometry.shape, [2, 3, 2, 5]);
+        assert_eq!(many.header.geometry.affine, source.header.geometry.affine);
+        for (extent, voxels) in [(Extent::Same, 11), (Extent::Channels(40_000), 480_000)] {
+            let voxels = vec![0; voxels];
+            let error = encode_like(&source.header, extent, Voxels::Labels(&voxels), false);
+            assert!(matches!(error, Err(NiftiError::Unwritable(_))), "{error:?}");
+        }
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_not_written() {
     let refused = |geometry: Geometry, voxels: usize| {
         let error = encode(&geometry, Voxels::Labels(&vec![0; voxels]), false).unwrap_err();

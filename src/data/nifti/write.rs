@@ -1,5 +1,5 @@
-//! Label maps and images to bytes: little-endian, one sform, no extensions. The same input makes
-//! the same bytes, gzipped or not.
+//! Label maps and images to bytes: little-endian, no extensions; with one sform, or lying exactly
+//! where another file lies. The same input makes the same bytes, gzipped or not.
 
 use std::io::Write;
 use std::path::Path;
@@ -8,7 +8,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use super::error::NiftiError;
-use super::header::{DATA_OFFSET_MIN, Geometry, HEADER_BYTES, Kind};
+use super::header::{DATA_OFFSET_MIN, Geometry, HEADER_BYTES, Header, Kind};
 use crate::data::error::DataError;
 
 /// `NIFTI_XFORM_SCANNER_ANAT`: the affine leads to the patient's space.
@@ -68,14 +68,74 @@ pub fn encode(geometry: &Geometry, voxels: Voxels<'_>, gzip: bool) -> Result<Vec
         let why = format!("{} voxels for a shape of {:?}", voxels.len(), geometry.shape);
         return Err(NiftiError::Unwritable(why));
     }
-    let header = header(geometry, voxels.kind())?;
+    packed(&header(geometry, voxels.kind())?, voxels, gzip)
+}
+
+/// How far a file reaches that lies where another one does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// As far as that one: a value for each of its voxels.
+    Same,
+    /// That one's x, y and z, and so many values for each voxel along the fourth dimension.
+    Channels(usize),
+}
+
+/// The bytes of a file that lies where the one with the header `like` does: the same shape,
+/// spacing, units, sform and qform with their codes. Voxels mean what is stored: no slope.
+///
+/// # Errors
+/// [`NiftiError::Unwritable`]: the voxels do not fit the shape.
+pub fn encode_like(
+    like: &Header,
+    extent: Extent,
+    voxels: Voxels<'_>,
+    gzip: bool,
+) -> Result<Vec<u8>, NiftiError> {
+    let mut shape = like.geometry.shape;
+    if let Extent::Channels(channels) = extent {
+        shape[3] = channels;
+    }
+    let count = shape.iter().try_fold(1_usize, |all, side| all.checked_mul(*side));
+    if count != Some(voxels.len()) {
+        let why = format!("{} voxels for a shape of {shape:?}", voxels.len());
+        return Err(NiftiError::Unwritable(why));
+    }
+    packed(&header_like(like, extent, voxels.kind())?, voxels, gzip)
+}
+
+fn header_like(like: &Header, extent: Extent, kind: Kind) -> Result<Vec<u8>, NiftiError> {
+    let mut header = vec![0; DATA_OFFSET_MIN as usize];
+    header[..HEADER_BYTES].copy_from_slice(&like.place);
+    let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
+    if let Extent::Channels(channels) = extent {
+        let channels = i16::try_from(channels).map_err(|_| {
+            NiftiError::Unwritable(format!("{channels} values for each voxel are too many"))
+        })?;
+        for (at, side) in [(40, 4), (48, channels), (50, 1), (52, 1), (54, 1)] {
+            put(at, &side.to_le_bytes());
+        }
+        put(92, &1_f32.to_le_bytes()); // pixdim[4]: was seconds, if anything
+        put(123, &[like.place[123] & 7]); // the unit of space without that of time
+    }
+    put(0, &(HEADER_BYTES as u32).to_le_bytes());
+    put(38, b"r");
+    put(70, &kind.code().to_le_bytes());
+    put(72, &((kind.bytes() * 8) as i16).to_le_bytes());
+    put(108, &(DATA_OFFSET_MIN as f32).to_le_bytes());
+    put(148, b"cpcr");
+    put(344, b"n+1\0");
+    Ok(header)
+}
+
+/// Header and voxels, gzipped or not.
+fn packed(header: &[u8], voxels: Voxels<'_>, gzip: bool) -> Result<Vec<u8>, NiftiError> {
     let mut bytes = Vec::new();
     if gzip {
         let mut packed = GzEncoder::new(&mut bytes, Compression::default());
-        write(&mut packed, &header, voxels)?;
+        write(&mut packed, header, voxels)?;
         packed.finish()?;
     } else {
-        write(&mut bytes, &header, voxels)?;
+        write(&mut bytes, header, voxels)?;
     }
     Ok(bytes)
 }

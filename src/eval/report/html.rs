@@ -100,11 +100,12 @@ fn summary_table(summary: &Summary) -> String {
     let row = |class: &str, name: &str, means: &Means, empty: usize| {
         format!(
             "<tr{class}><th scope=\"row\">{name}</th><td>{}</td><td>{}</td><td>{}</td>\
-             <td>{}</td><td>{empty}</td></tr>\n",
+             <td>{}</td><td>{}</td><td>{empty}</td></tr>\n",
             cell(means.dice, 100.0),
             cell(means.jaccard, 100.0),
             cell(means.hd95, 1.0),
             cell(means.asd, 1.0),
+            cell(means.assd, 1.0),
         )
     };
     let rows: String = summary
@@ -121,7 +122,8 @@ fn summary_table(summary: &Summary) -> String {
         "<div class=\"wide\"><table>\n<caption>{} volumes; distances in {unit}; {}</caption>\n\
          <thead><tr><th scope=\"col\">Class</th><th scope=\"col\">Dice %</th>\
          <th scope=\"col\">Jaccard %</th><th scope=\"col\">HD95 ({unit})</th>\
-         <th scope=\"col\">ASD ({unit})</th><th scope=\"col\">Empty predictions</th></tr></thead>\n\
+         <th scope=\"col\">ASD ({unit})</th><th scope=\"col\">ASSD ({unit})</th>\
+         <th scope=\"col\">Empty predictions</th></tr></thead>\n\
          <tbody>\n{rows}{mean}</tbody>\n</table></div>\n{}",
         summary.cases.len(),
         policy(summary),

@@ -14,6 +14,7 @@ pub(super) fn summary() -> Summary {
         jaccard: score,
         hd95: score,
         asd: score,
+        assd: score,
         empty,
     };
     let case = |name: &str, score, empty| CaseScores {

@@ -39,7 +39,9 @@ pub async fn import(
     let classes = source.checked_classes()?;
     let classes: Vec<&str> = classes.iter().map(String::as_str).collect();
     let mut plans = VecDeque::from(plan(source)?);
-    let mut writer = DatasetWriter::new(sink, WriteOptions::new(&source.name, &classes))?;
+    let mut options = WriteOptions::new(&source.name, &classes);
+    options.preprocessing = source.preprocessing();
+    let mut writer = DatasetWriter::new(sink, options)?;
     while !plans.is_empty() {
         let chunk: Vec<CasePlan> = plans.drain(..plans.len().min(threads.max(1))).collect();
         let read = |case: &CasePlan| volume::read_case(source, classes.len(), case);

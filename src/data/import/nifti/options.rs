@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::data::error::DataError;
 use crate::data::import::Pattern;
 use crate::data::nifti::Geometry;
+use crate::data::preprocess::Preprocessing;
 
 /// Which files, and what to make of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,6 +54,11 @@ impl NiftiSource {
             intensity: Intensity::default(),
             split: SplitRule::default(),
         }
+    }
+
+    /// What its manifest says of how volumes were made.
+    pub(super) fn preprocessing(&self) -> Preprocessing {
+        Preprocessing { intensity: self.intensity, slice_axis: self.axis }
     }
 
     /// Class names, once it is sure that the choices fit together.
@@ -159,7 +167,8 @@ impl LabelMap {
 }
 
 /// Across which axis of the voxel grid slices are cut.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum SliceAxis {
     /// The one with the largest spacing, the last of equals; for each image anew.
     #[default]
@@ -184,7 +193,7 @@ impl FromStr for SliceAxis {
 
 impl SliceAxis {
     /// Axes of the file along (slice, row, column) of the dataset; `Err` says why there are none.
-    pub(super) fn order(self, geometry: &Geometry) -> Result<[usize; 3], &'static str> {
+    pub(in crate::data) fn order(self, geometry: &Geometry) -> Result<[usize; 3], &'static str> {
         let axis = match self {
             Self::Given(axis) => axis,
             // One slice in a file: it is the one that was taken.
@@ -209,7 +218,8 @@ impl SliceAxis {
 }
 
 /// What becomes of a volume's intensities. Every frame of a 4-D image is a volume of its own.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Intensity {
     /// The least to 0, the greatest to 1.
     #[default]
@@ -249,7 +259,7 @@ impl FromStr for Intensity {
 
 impl Intensity {
     /// Applies it to all voxels of a volume, which are finite. A constant volume becomes zeros.
-    pub(super) fn apply(self, values: &mut [f32]) {
+    pub(in crate::data) fn apply(self, values: &mut [f32]) {
         let wide = |value: &f32| f64::from(*value);
         let (zero, one) = match self {
             Self::MinMax => (

@@ -8,7 +8,7 @@ use super::CasePlan;
 use super::options::NiftiSource;
 use crate::data::error::DataError;
 use crate::data::nifti::{Geometry, Nifti, read_file};
-use crate::data::shard::MAX_SLICE_PIXELS;
+use crate::data::preprocess::{Grid, frame_name};
 use crate::data::write::{NewSlice, NewVolume};
 
 /// How far an image's and its label's orientation (millimetres, or millimetres per voxel) and
@@ -31,19 +31,15 @@ pub(super) fn read_case(
         None => None,
     };
     let geometry = &image.header.geometry;
-    let order = source.axis.order(geometry).map_err(|why| bad(&case.image, why))?;
-    let pixels = geometry.shape[order[1]].saturating_mul(geometry.shape[order[2]]);
-    if pixels > MAX_SLICE_PIXELS {
-        let why = format!("slices of {pixels} pixels are more than the {MAX_SLICE_PIXELS} allowed");
-        return Err(bad(&case.image, why));
-    }
-    let digits = image.frames().to_string().len().max(2);
+    let preprocessing = source.preprocessing();
+    let grid = preprocessing.grid(&case.image, geometry)?;
+    let order = grid.order;
     let volume = |frame: usize| {
         let name = match image.frames() {
             1 => case.case.clone(),
-            _ => format!("{}_frame{:0digits$}", case.case, frame + 1),
+            frames => frame_name(&case.case, frame, frames),
         };
-        let values = intensities(source, &case.image, &image, frame)?;
+        let values = preprocessing.intensities(&case.image, &image, frame)?;
         let labels = match &label {
             Some((path, label)) => Some(labels(source, classes, path, label, frame)?),
             None => None,
@@ -54,7 +50,7 @@ pub(super) fn read_case(
             split: case.split,
             spacing_mm: geometry.spacing_mm.map(|spacing| order.map(|axis| spacing[axis])),
             affine: geometry.affine.map(|affine| reordered(&affine, order)),
-            slices: slices(geometry.shape, order, &values, labels.as_deref()),
+            slices: slices(&grid, &values, labels.as_deref()),
         })
     };
     (0..image.frames()).map(volume).collect()
@@ -103,22 +99,6 @@ fn compare(
     Ok(())
 }
 
-/// `[z, y, x]` of one frame, scaled as asked for.
-fn intensities(
-    source: &NiftiSource,
-    path: &Path,
-    image: &Nifti,
-    frame: usize,
-) -> Result<Vec<f32>, DataError> {
-    let values = image.frame(frame, |value| value as f32);
-    let mut values = values.ok_or_else(|| bad(path, format!("frame {frame} is missing")))?;
-    if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-        return Err(bad(path, format!("it holds a voxel of {value}, which is no intensity")));
-    }
-    source.intensity.apply(&mut values);
-    Ok(values)
-}
-
 /// Classes `[z, y, x]` of one frame.
 fn labels(
     source: &NiftiSource,
@@ -151,33 +131,14 @@ fn reordered(affine: &[[f64; 4]; 4], order: [usize; 3]) -> [[f64; 4]; 4] {
     affine.map(|row| [row[order[0]], row[order[1]], row[order[2]], row[3]])
 }
 
-/// Cuts `[z, y, x]` into slices across `order[0]`, with rows along `order[1]`.
-fn slices(
-    shape: [usize; 4],
-    order: [usize; 3],
-    values: &[f32],
-    labels: Option<&[u8]>,
-) -> Vec<NewSlice> {
-    let stride = [1, shape[0], shape[0] * shape[1]];
-    let [(depth, deep), (h, down), (w, along)] = order.map(|axis| (shape[axis], stride[axis]));
+/// Cuts `[z, y, x]` into slices.
+fn slices(grid: &Grid, values: &[f32], labels: Option<&[u8]>) -> Vec<NewSlice> {
+    let [depth, height, width] = grid.shape();
     let cut = |slice: usize| NewSlice {
         slice: slice as u32,
-        shape: (h, w),
-        image: pixels(values, slice * deep, (h, down), (w, along)),
-        label: labels.map(|labels| pixels(labels, slice * deep, (h, down), (w, along))),
+        shape: (height, width),
+        image: grid.slice(values, slice),
+        label: labels.map(|labels| grid.slice(labels, slice)),
     };
     (0..depth).map(cut).collect()
-}
-
-/// (count, stride) of rows and of columns.
-fn pixels<T: Copy>(
-    from: &[T],
-    start: usize,
-    rows: (usize, usize),
-    columns: (usize, usize),
-) -> Vec<T> {
-    let row = |row: usize| {
-        (0..columns.0).map(move |column| from[start + row * rows.1 + column * columns.1])
-    };
-    (0..rows.0).flat_map(row).collect()
 }

@@ -336,7 +336,7 @@ fn pytorch_computes_what_we_do() {
     };
     let modes = [UpMode::Bilinear, UpMode::Transposed, UpMode::Nearest, UpMode::Bicubic];
     for mode in modes {
-        let config = NetworkConfig { up: [mode, mode], ..NetworkConfig::default() };
+        let config = NetworkConfig { up: vec![mode, mode], ..NetworkConfig::default() };
         let net = Network::new(config, Device::Cpu, 3).unwrap();
         let x = Tensor::rand([2, 1, 48, 32], (Kind::Float, Device::Cpu));
         let out = net.forward_train(&x, &Draws::keyed(1, 0, 0), Heads::Main, None).unwrap();

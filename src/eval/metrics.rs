@@ -73,8 +73,9 @@ pub struct ClassScores {
     pub hd95: Option<f64>,
     /// Mean distance from the prediction's surface to the truth's, in the spacing's unit.
     pub asd: Option<f64>,
-    /// Mean of the ASDs in both directions (MedPy's `assd`), in the spacing's unit. Absent in what
-    /// older versions wrote.
+    /// Mean of the ASDs in both directions, in the spacing's unit. MedPy 0.5's `assd` is the mean
+    /// over both directions' distances together, which is another number. Absent in what older
+    /// versions wrote.
     #[serde(default)]
     pub assd: Option<f64>,
     /// Which masks were empty.
@@ -202,7 +203,7 @@ impl SurfaceDistances {
         mean(&self.to_truth)
     }
 
-    /// The mean of both means, not the mean over both surfaces' voxels: as MedPy has it.
+    /// The mean of both means, not the mean over both surfaces' voxels.
     fn assd(&self) -> f64 {
         f64::midpoint(mean(&self.to_truth), mean(&self.to_prediction))
     }

@@ -17,8 +17,17 @@ use serde::{Deserialize, Serialize};
 use super::error::DataError;
 use crate::types::ObjectDigest;
 
-/// The newest format this program reads, and the one it writes.
-pub const FORMAT: u32 = 1;
+/// The newest format this program reads. Images of one channel are still written as format 1, byte
+/// for byte what they were; those of several are format 2, which an older program refuses by name.
+pub const FORMAT: u32 = 2;
+
+/// The most channels that an image has.
+pub const CHANNELS_MAX: usize = 64;
+
+/// The oldest format in which images of `channels` channels can be written.
+pub(crate) fn format_for(channels: usize) -> u32 {
+    if channels > 1 { 2 } else { 1 }
+}
 
 /// Where the manifest lies within a dataset.
 pub const MANIFEST_PATH: &str = "manifest.json";
@@ -117,6 +126,9 @@ pub struct Manifest {
     pub name: String,
     /// Class names by label value; the first is the background.
     pub classes: Vec<String>,
+    /// Names of the images' channels, in their order; empty for one channel without a name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<String>,
     /// Rows in a block, which is a Parquet row group.
     pub block_rows: u64,
     /// Shards, the splits one after the other, rows in order.
@@ -218,6 +230,11 @@ impl Manifest {
         to_json(MANIFEST_PATH, self)
     }
 
+    /// How many channels every image has, at least one.
+    pub fn channel_count(&self) -> usize {
+        self.channels.len().max(1)
+    }
+
     /// Rows of a split.
     pub fn rows(&self, split: Split) -> u64 {
         self.shards_of(split).map(|shard| shard.rows).sum()
@@ -273,6 +290,12 @@ impl Manifest {
         }
         if self.classes.len() < 2 || self.classes.len() > 256 {
             return Err(format!("{} classes, not 2..=256", self.classes.len()));
+        }
+        if self.channels.len() > CHANNELS_MAX {
+            return Err(format!("{} channels, not 1..={CHANNELS_MAX}", self.channels.len()));
+        }
+        if self.format < format_for(self.channels.len()) {
+            return Err(format!("{} channels in format {}", self.channels.len(), self.format));
         }
         self.check_shards()?;
         self.check_volumes()?;
@@ -385,6 +408,7 @@ mod tests {
             format: FORMAT,
             name: "test".to_owned(),
             classes: vec!["background".to_owned(), "heart".to_owned()],
+            channels: Vec::new(),
             block_rows: 4,
             shards: vec![shard(Split::Train, 8), shard(Split::Val, 2)],
             volumes: vec![
@@ -416,8 +440,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_refused_by_name_even_if_it_does_not_parse() {
-        let error = Manifest::parse(br#"{"format": 2, "fields": "unknown"}"#).unwrap_err();
-        assert!(matches!(error, DataError::NewerFormat { found: 2, supported: 1, .. }), "{error}");
+        let error = Manifest::parse(br#"{"format": 3, "fields": "unknown"}"#).unwrap_err();
+        assert!(matches!(error, DataError::NewerFormat { found: 3, supported: 2, .. }), "{error}");
     }
 
     #[test]

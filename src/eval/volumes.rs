@@ -17,7 +17,12 @@ pub trait Segmenter {
     /// What can go wrong in it.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// Labels `n` slices at once: `slices` is `[n, h, w]`, and so is the result.
+    /// Channels of the images that it takes.
+    fn channels(&self) -> usize {
+        1
+    }
+
+    /// Labels `n` slices at once: `slices` is `[n, C, h, w]`, the result `[n, h, w]`.
     ///
     /// # Errors
     /// Whatever the model reports.
@@ -69,7 +74,7 @@ impl DistanceUnit {
 pub struct Volume<'a> {
     /// Name of the case, unique within a split.
     pub case: &'a str,
-    /// Intensities in `0..=1`, `[D, H, W]`.
+    /// Intensities in `0..=1`, `[D, C, H, W]`.
     pub image: &'a [f32],
     /// True classes, `[D, H, W]`.
     pub label: &'a [u8],
@@ -139,7 +144,7 @@ pub enum EvalError<E: std::error::Error + Send + Sync + 'static> {
     },
 }
 
-/// Segments a volume: labels `[D, H, W]` on the volume's own grid.
+/// Segments a volume `[D, C, H, W]`: labels `[D, H, W]` on the volume's own grid.
 ///
 /// # Errors
 /// When the segmenter fails, or a buffer (its result and the zooms' included) has the wrong length.
@@ -155,20 +160,21 @@ pub fn segment_volume<S: Segmenter>(
         true => Ok(()),
         false => Err(EvalError::Length { case: case.to_owned(), what, expected, actual }),
     };
-    check("image", image.len(), d * h * w)?;
+    let channels = segmenter.channels();
+    check("image", image.len(), d * channels * h * w)?;
     let (patch_h, patch_w) = settings.patch;
     let patch_len = patch_h * patch_w;
     let mut labels = Vec::with_capacity(d * h * w);
     if image.is_empty() {
         return Ok(labels);
     }
-    for slices in image.chunks(settings.batch.max(1) * h * w) {
-        let n = slices.len() / (h * w);
-        let mut patches = Vec::with_capacity(n * patch_len);
+    for slices in image.chunks(settings.batch.max(1) * channels * h * w) {
+        let n = slices.len() / (channels * h * w);
+        let mut patches = Vec::with_capacity(n * channels * patch_len);
         for slice in slices.chunks(h * w) {
             patches.extend((zoom.image)(slice, (h, w), settings.patch));
         }
-        check("zoomed slices", patches.len(), n * patch_len)?;
+        check("zoomed slices", patches.len(), n * channels * patch_len)?;
         let predicted = segmenter
             .segment(&patches, n, patch_h, patch_w)
             .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
@@ -278,6 +284,46 @@ mod tests {
             assert!(scores.classes.iter().all(|c| c.dice == Some(1.0) && c.hd95 == Some(0.0)));
             assert_eq!(model.largest_batch, batch.min(5));
         }
+    }
+
+    /// A "model" of two channels: the class is the first times two, plus the second.
+    struct Sums;
+
+    impl Segmenter for Sums {
+        type Error = Infallible;
+
+        fn channels(&self) -> usize {
+            2
+        }
+
+        fn segment(
+            &mut self,
+            slices: &[f32],
+            n: usize,
+            h: usize,
+            w: usize,
+        ) -> Result<Vec<u8>, Infallible> {
+            assert_eq!(slices.len(), n * 2 * h * w);
+            let sum = |image: &[f32]| -> Vec<u8> {
+                let (first, second) = image.split_at(h * w);
+                first.iter().zip(second).map(|(a, b)| (a * 2.0 + b) as u8).collect()
+            };
+            Ok(slices.chunks(2 * h * w).flat_map(sum).collect())
+        }
+    }
+
+    #[test]
+    fn slices_keep_their_channels_whatever_the_batch() {
+        // Slice 0 is class 1, slice 1 class 2, slice 2 class 3.
+        let image: Vec<f32> =
+            [0.0, 1.0, 1.0, 0.0, 1.0, 1.0].into_iter().flat_map(|v| [v; 16]).collect();
+        for batch in [1, 2, 3] {
+            let found =
+                segment_volume(&mut Sums, "a", &image, [3, 4, 4], &settings(batch), ZOOM).unwrap();
+            assert_eq!(found, [[1_u8; 16], [2; 16], [3; 16]].concat(), "batch {batch}");
+        }
+        let short = segment_volume(&mut Sums, "a", &image[..48], [3, 4, 4], &settings(1), ZOOM);
+        assert!(short.unwrap_err().to_string().contains("96 elements, has 48"));
     }
 
     #[test]

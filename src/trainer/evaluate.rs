@@ -117,7 +117,8 @@ fn trained(
     dataset: &Dataset,
 ) -> Result<DbpNet, TrainerError> {
     let classes = dataset.manifest().classes.len() as i64;
-    let net = DbpNet::new(network(config, classes), tch::Device::Cpu, config.train.seed)?;
+    let channels = dataset.manifest().channel_count() as i64;
+    let net = DbpNet::new(network(config, classes, channels), tch::Device::Cpu, config.train.seed)?;
     net.params().load_host(&persist::unnamed(&checkpoint.model)?)?;
     Ok(net)
 }

@@ -80,7 +80,8 @@ impl Trainer {
 
         let device = device::open(assignment.backend, config.train.precision)?;
         let classes = dataset.manifest().classes.len() as i64;
-        let net = DbpNet::new(network(&config, classes), device, config.train.seed)?;
+        let channels = dataset.manifest().channel_count() as i64;
+        let net = DbpNet::new(network(&config, classes, channels), device, config.train.seed)?;
         let train = &config.train;
         let mut sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
         let mut history = RunHistory::default();
@@ -182,8 +183,8 @@ fn objective(config: &RunConfig) -> Objective {
     }
 }
 
-/// The network that a configuration asks for.
-pub(super) fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
+/// The network that a configuration asks for, for a dataset's classes and channels.
+pub(super) fn network(config: &RunConfig, classes: i64, channels: i64) -> DbpNetConfig {
     let up = |mode| match mode {
         UpMode::Transposed => model::UpMode::Transposed,
         UpMode::Bilinear => model::UpMode::Bilinear,
@@ -191,7 +192,7 @@ pub(super) fn network(config: &RunConfig, classes: i64) -> DbpNetConfig {
         UpMode::Bicubic => model::UpMode::Bicubic,
     };
     DbpNetConfig {
-        in_channels: 1,
+        in_channels: channels,
         classes,
         widths: config.model.widths.map(i64::from),
         up: config.model.up.map(up),

@@ -7,19 +7,26 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use super::{Failure, threads_each};
+use crate::data::DataError;
 use crate::data::import::Pattern;
+use crate::data::import::acdc::{self, AcdcTree};
 use crate::data::import::acdc_h5::{self, AcdcSource};
-use crate::data::import::nifti::{self, LabelMap, NiftiSource, SplitRule};
+use crate::data::import::nifti::{self, LabelMap, NiftiSource, SplitWishes};
+use crate::data::import::nnunet::{self, NnunetSource, NnunetSplit};
 use crate::proto::EXIT_DONE;
 use crate::store::{Store, StoreOptions};
 
 /// The forms in which datasets come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Form {
+    /// The ACDC challenge's own tree of patients.
+    Acdc,
     /// ACDC in the SSL4MIS preparation.
     AcdcH5,
     /// Folders of NIfTI-1 files, images and labels paired by name.
     Nifti,
+    /// An nnU-Net raw dataset, v2 or v1.
+    Nnunet,
 }
 
 /// What `cpcr data import` takes.
@@ -38,38 +45,51 @@ pub struct ImportArguments {
     #[arg(long)]
     lists: Option<PathBuf>,
     #[command(flatten)]
-    nifti: NiftiArguments,
+    volumes: VolumeArguments,
+    #[command(flatten)]
+    split: SplitArguments,
 }
 
-/// What is for `--from nifti` alone. Absent means the importer's own default.
+/// What is for NIfTI files, in whatever layout. Absent means the importer's own default.
 #[derive(Debug, Default, PartialEq, clap::Args)]
-#[command(next_help_heading = "With --from nifti")]
-struct NiftiArguments {
-    /// Images below DIR, e.g. `images/{case}_img.nii.gz`; `*` stands for what does not matter.
+#[command(next_help_heading = "With --from nifti, nnunet or acdc")]
+struct VolumeArguments {
+    /// nifti: images below DIR, e.g. `images/{case}_img.nii.gz`; `*` stands for what does not matter.
     #[arg(long, value_name = "PATTERN")]
     images: Option<String>,
-    /// Labels below DIR, e.g. `labels/{case}.nii.gz`; cases without one are unlabelled.
+    /// nifti: labels below DIR, e.g. `labels/{case}.nii.gz`; cases without one are unlabelled.
     #[arg(long, value_name = "PATTERN", requires = "classes")]
     labels: Option<String>,
-    /// Where the patient stands in a case's name [default: before the first `_`, or all of it].
+    /// nifti, nnunet: where the patient stands in a case's name [default: before the first `_`, or
+    /// all of it].
     #[arg(long, value_name = "PATTERN")]
     patient: Option<String>,
-    /// Class names by label value, background first, or how many there are.
+    /// Class names by label value, background first, or how many there are; instead of those of
+    /// dataset.json or ACDC.
     #[arg(long, value_name = "A,B,C")]
     classes: Option<String>,
     /// A label value that means another class, counted from zero; may be repeated.
-    #[arg(long, value_name = "FROM=TO", requires = "labels", allow_hyphen_values = true)]
+    #[arg(long, value_name = "FROM=TO", allow_hyphen_values = true)]
     map: Vec<String>,
     /// Slices are cut across: auto (the largest spacing), 0, 1 or 2 [default: auto].
     #[arg(long)]
     axis: Option<String>,
-    /// minmax, zscore or window:LOW:HIGH [default: minmax].
+    /// minmax, zscore or window:LOW:HIGH, for each channel [default: minmax].
     #[arg(long)]
     intensity: Option<String>,
+    /// acdc: the other frames of training patients too, unlabelled, from the 4d files.
+    #[arg(long)]
+    all_frames: bool,
+}
+
+/// Who is trained on and who judges.
+#[derive(Debug, Default, PartialEq, clap::Args)]
+#[command(next_help_heading = "Split, with --from nifti, nnunet or acdc")]
+struct SplitArguments {
     /// Part of the labelled patients for validation [default: 0.1].
     #[arg(long, value_name = "F", conflicts_with_all = ["val_patients", "test_patients"])]
     val: Option<f64>,
-    /// Part of the labelled patients for test [default: 0.2].
+    /// Part of the labelled patients for test [default: 0.2; 0 beside a labelled test folder].
     #[arg(long, value_name = "F", conflicts_with_all = ["val_patients", "test_patients"])]
     test: Option<f64>,
     /// Another seed draws other patients [default: 1].
@@ -81,7 +101,16 @@ struct NiftiArguments {
     /// The patients for test, instead of a draw.
     #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
     test_patients: Vec<String>,
+    /// nnunet: which fold of splits_final.json is for validation [default: 0, if there is that file].
+    #[arg(long, value_name = "N", conflicts_with_all = WISHES)]
+    fold: Option<usize>,
+    /// nnunet: the splits_final.json, if it is not in DIR.
+    #[arg(long, value_name = "FILE", conflicts_with_all = WISHES)]
+    splits: Option<PathBuf>,
 }
+
+/// The options that divide by patient.
+const WISHES: [&str; 5] = ["val", "test", "seed", "val_patients", "test_patients"];
 
 /// Imports a dataset; the result is the exit status.
 ///
@@ -89,24 +118,27 @@ struct NiftiArguments {
 /// [`Failure`]: choices that do not go together, files that cannot be used, or storage.
 pub async fn import(arguments: ImportArguments) -> Result<i32, Failure> {
     let threads = threads_each(1) as usize;
-    match arguments.from {
+    arguments.check()?;
+    let ImportArguments { from, input, out, lists, volumes, split } = arguments;
+    match from {
         Form::AcdcH5 => {
-            if arguments.nifti != NiftiArguments::default() {
-                return Err(Failure::usage("--from acdc-h5 takes --in, --lists and --out only"));
-            }
-            let source = AcdcSource { files: arguments.input, lists: arguments.lists };
-            let store = open(&arguments.out)?;
-            acdc_h5::import(&source, store, threads).await.map_err(Failure::failed)?;
+            let source = AcdcSource { files: input, lists };
+            acdc_h5::import(&source, open(&out)?, threads).await
+        }
+        Form::Acdc => {
+            let tree = volumes.acdc(split, input).map_err(Failure::usage)?;
+            acdc::import(&tree, open(&out)?, threads).await
         }
         Form::Nifti => {
-            if arguments.lists.is_some() {
-                return Err(Failure::usage("--lists is for --from acdc-h5 alone"));
-            }
-            let source = arguments.nifti.source(arguments.input)?;
-            let store = open(&arguments.out)?;
-            nifti::import(&source, store, threads).await.map_err(Failure::failed)?;
+            let source = volumes.nifti(split, input).map_err(Failure::usage)?;
+            nifti::import(&source, open(&out)?, threads).await
+        }
+        Form::Nnunet => {
+            let source = volumes.nnunet(split, input).map_err(Failure::usage)?;
+            nnunet::import(&source, open(&out)?, threads).await
         }
     }
+    .map_err(Failure::failed)?;
     Ok(EXIT_DONE)
 }
 
@@ -114,34 +146,103 @@ fn open(url: &str) -> Result<Arc<Store>, Failure> {
     Store::open(url, &StoreOptions::default()).map(Arc::new).map_err(Failure::usage)
 }
 
-impl NiftiArguments {
-    fn source(self, folder: PathBuf) -> Result<NiftiSource, Failure> {
-        let pattern = Pattern::new;
-        let images = self
-            .images
-            .as_deref()
-            .ok_or_else(|| Failure::usage("--from nifti needs --images, e.g. '{case}.nii.gz'"))?;
-        let resolved = || {
-            let mut source = NiftiSource::new(folder, pattern(images, "{case}")?);
-            source.labels = self.labels.map(|text| pattern(&text, "{case}")).transpose()?;
-            source.patient = self.patient.map(|text| pattern(&text, "{patient}")).transpose()?;
-            if let Some(classes) = self.classes {
-                source.classes = nifti::class_names(&classes)?;
+impl ImportArguments {
+    /// Refuses an option that would do nothing with this form.
+    fn check(&self) -> Result<(), Failure> {
+        let (volumes, split) = (&self.volumes, &self.split);
+        let given = [
+            ("--lists", self.lists.is_some(), "acdc-h5"),
+            ("--images", volumes.images.is_some(), "nifti"),
+            ("--labels", volumes.labels.is_some(), "nifti"),
+            ("--patient", volumes.patient.is_some(), "nifti nnunet"),
+            ("--all-frames", volumes.all_frames, "acdc"),
+            ("--fold", split.fold.is_some(), "nnunet"),
+            ("--splits", split.splits.is_some(), "nnunet"),
+        ];
+        let from = self.from.to_possible_value();
+        let from = from.as_ref().map_or("", |value| value.get_name());
+        for (option, given, forms) in given {
+            if given && !forms.split(' ').any(|form| form == from) {
+                let forms = forms.replace(' ', " and --from ");
+                return Err(Failure::usage(format!("{option} is for --from {forms} alone")));
             }
-            source.map = LabelMap::parse(&self.map)?;
-            source.axis = self.axis.map_or(Ok(source.axis), |text| text.parse())?;
-            source.intensity = self.intensity.map_or(Ok(source.intensity), |text| text.parse())?;
-            if !(self.val_patients.is_empty() && self.test_patients.is_empty()) {
-                source.split =
-                    SplitRule::Patients { val: self.val_patients, test: self.test_patients };
-            } else if let SplitRule::Fractions { val, test, seed } = &mut source.split {
-                *val = self.val.unwrap_or(*val);
-                *test = self.test.unwrap_or(*test);
-                *seed = self.seed.unwrap_or(*seed);
+        }
+        let nothing = *volumes == VolumeArguments::default() && *split == SplitArguments::default();
+        match self.from {
+            Form::AcdcH5 if !nothing => {
+                Err(Failure::usage("--from acdc-h5 takes --in, --lists and --out only"))
             }
-            Ok::<_, crate::data::DataError>(source)
+            Form::Nifti if volumes.labels.is_none() && !volumes.map.is_empty() => {
+                Err(Failure::usage("--map needs --labels"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl SplitArguments {
+    fn wishes(self) -> SplitWishes {
+        let Self { val, test, seed, val_patients, test_patients, .. } = self;
+        SplitWishes { val, test, seed, val_patients, test_patients }
+    }
+
+    fn nnunet(self) -> NnunetSplit {
+        if self.fold.is_some() || self.splits.is_some() {
+            return NnunetSplit::Fold { file: self.splits, number: self.fold.unwrap_or(0) };
+        }
+        match self.wishes() {
+            wishes if wishes == SplitWishes::default() => NnunetSplit::Usual,
+            wishes => NnunetSplit::Wishes(wishes),
+        }
+    }
+}
+
+impl VolumeArguments {
+    fn class_names(&self) -> Result<Vec<String>, DataError> {
+        self.classes.as_deref().map_or(Ok(Vec::new()), nifti::class_names)
+    }
+
+    fn patient(&self) -> Result<Option<Pattern>, DataError> {
+        self.patient.as_deref().map(|text| Pattern::new(text, "{patient}")).transpose()
+    }
+
+    fn nifti(self, split: SplitArguments, folder: PathBuf) -> Result<NiftiSource, DataError> {
+        let pattern = |text: &str| Pattern::new(text, "{case}");
+        let Some(images) = &self.images else {
+            let why = "--from nifti needs --images, e.g. '{case}.nii.gz'";
+            return Err(DataError::Unusable(why.to_owned()));
         };
-        resolved().map_err(Failure::usage)
+        let mut source = NiftiSource::new(folder, pattern(images)?);
+        source.labels = self.labels.as_deref().map(pattern).transpose()?;
+        source.patient = self.patient()?;
+        source.classes = self.class_names()?;
+        source.map = LabelMap::parse(&self.map)?;
+        source.axis = self.axis.map_or(Ok(source.axis), |text| text.parse())?;
+        source.intensity = self.intensity.map_or(Ok(source.intensity), |text| text.parse())?;
+        source.split = split.wishes().rule();
+        Ok(source)
+    }
+
+    fn acdc(self, split: SplitArguments, folder: PathBuf) -> Result<AcdcTree, DataError> {
+        let mut tree = AcdcTree::new(folder);
+        tree.all_frames = self.all_frames;
+        tree.classes = self.class_names()?;
+        tree.map = LabelMap::parse(&self.map)?;
+        tree.axis = self.axis.map_or(Ok(tree.axis), |text| text.parse())?;
+        tree.intensity = self.intensity.map_or(Ok(tree.intensity), |text| text.parse())?;
+        tree.split = split.wishes();
+        Ok(tree)
+    }
+
+    fn nnunet(self, split: SplitArguments, folder: PathBuf) -> Result<NnunetSource, DataError> {
+        let mut source = NnunetSource::new(folder);
+        source.patient = self.patient()?;
+        source.classes = self.class_names()?;
+        source.map = LabelMap::parse(&self.map)?;
+        source.axis = self.axis.map_or(Ok(source.axis), |text| text.parse())?;
+        source.intensity = self.intensity.map_or(Ok(source.intensity), |text| text.parse())?;
+        source.split = split.nnunet();
+        Ok(source)
     }
 }
 
@@ -150,7 +251,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::data::import::nifti::{Intensity, SliceAxis};
+    use crate::data::import::nifti::{Intensity, SliceAxis, SplitRule};
 
     #[derive(Debug, Parser)]
     struct Typed {
@@ -164,8 +265,9 @@ mod tests {
             .map(|typed| typed.import)
     }
 
-    fn source(line: &str) -> Result<NiftiSource, Failure> {
-        typed(line).unwrap().nifti.source("/data/heart".into())
+    fn source(line: &str) -> Result<NiftiSource, DataError> {
+        let typed = typed(line).unwrap();
+        typed.volumes.nifti(typed.split, "/data/heart".into())
     }
 
     #[test]
@@ -203,22 +305,51 @@ mod tests {
         for line in [
             "--from dicom",
             "--from nifti --images {case}.nii --labels l/{case}.nii",
-            "--from nifti --images {case}.nii --map 1=0",
             "--from nifti --images {case}.nii --val 0.1 --val-patients a",
+            "--from nnunet --fold 1 --val 0.1",
+            "--from nnunet --splits a.json --test-patients a",
+            "--from nnunet --fold -1",
         ] {
             assert!(typed(line).is_err(), "{line}");
         }
         for line in [
             "--from nifti",
             "--from nifti --images x.nii",
+            "--from nifti --images {case}.nii --map 1=0",
             "--from nifti --images {case}.nii --axis 3",
             "--from nifti --images {case}.nii --intensity window:5",
+            "--from nifti --images {case}.nii --lists x",
+            "--from nifti --images {case}.nii --fold 1",
+            "--from nifti --images {case}.nii --all-frames",
+            "--from acdc-h5 --axis 1",
+            "--from acdc-h5 --val 0.1",
+            "--from acdc --patient {patient}",
+            "--from acdc --map 1",
+            "--from nnunet --images {case}.nii",
+            "--from nnunet --classes 1",
         ] {
-            assert_eq!(source(line).unwrap_err().status, crate::proto::EXIT_USAGE, "{line}");
-        }
-        for line in ["--from acdc-h5 --axis 1", "--from nifti --images {case}.nii --lists x"] {
             let failure = futures::executor::block_on(import(typed(line).unwrap())).unwrap_err();
-            assert_eq!(failure.status, crate::proto::EXIT_USAGE, "{line}");
+            assert_eq!(failure.status, crate::proto::EXIT_USAGE, "{line}: {failure}");
         }
+    }
+
+    #[test]
+    fn the_other_layouts_take_their_options() {
+        let acdc = typed("--from acdc --all-frames --map 4=0 --val 0.2").unwrap();
+        let tree = acdc.volumes.acdc(acdc.split, "/data/heart".into()).unwrap();
+        assert!(tree.all_frames && tree.classes.is_empty());
+        assert_eq!((tree.split.val, tree.split.test), (Some(0.2), None));
+        let nnunet = |line: &str| {
+            let typed = typed(line).unwrap();
+            typed.volumes.nnunet(typed.split, "/data/heart".into()).unwrap()
+        };
+        let plain = nnunet("--from nnunet");
+        assert_eq!(plain, NnunetSource::new("/data/heart"));
+        let fold =
+            |file: Option<&str>, number| NnunetSplit::Fold { file: file.map(Into::into), number };
+        assert_eq!(nnunet("--from nnunet --fold 3").split, fold(None, 3));
+        assert_eq!(nnunet("--from nnunet --splits s.json").split, fold(Some("s.json"), 0));
+        let NnunetSplit::Wishes(wishes) = nnunet("--from nnunet --seed 4").split else { panic!() };
+        assert_eq!(wishes.seed, Some(4));
     }
 }

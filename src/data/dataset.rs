@@ -57,7 +57,9 @@ pub struct Volume {
     pub name: String,
     /// Slices, rows, columns.
     pub shape: [usize; 3],
-    /// Intensities `[D, H, W]`.
+    /// Channels of its images, at least one.
+    pub channels: usize,
+    /// Intensities `[D, C, H, W]`.
     pub slices: Vec<f32>,
     /// Classes `[D, H, W]`, where they are known.
     pub labels: Option<Vec<u8>>,
@@ -201,7 +203,7 @@ impl Dataset {
             .into_iter()
             .map(|fetched| {
                 let (shard, group, bytes) = fetched?;
-                shard.footer.decode(group, &shard.index.groups[group], bytes)
+                self.decode(&shard, group, bytes)
             })
             .collect()
     }
@@ -222,9 +224,27 @@ impl Dataset {
             if !group.digest.matches(&bytes) {
                 return Err(DataError::invalid(&shard.index.object, "the index has other hashes"));
             }
-            shard.footer.decode(number, group, bytes)?;
+            self.decode(&shard, number, bytes)?;
         }
         Ok(bytes.len() as u64)
+    }
+
+    /// The rows of a shard's row group, with as many channels as the manifest says.
+    fn decode(
+        &self,
+        shard: &OpenShard,
+        group: usize,
+        bytes: Bytes,
+    ) -> Result<Vec<SliceRow>, DataError> {
+        let rows = shard.footer.decode(group, &shard.index.groups[group], bytes)?;
+        let channels = self.manifest().channel_count();
+        match rows.iter().find(|row| row.channels != channels) {
+            None => Ok(rows),
+            Some(row) => {
+                let why = format!("images of {} channels, not {channels}", row.channels);
+                Err(DataError::invalid(&shard.index.object, why))
+            }
+        }
     }
 
     /// (shard number in the manifest, row group in it) of a block.
@@ -258,6 +278,7 @@ fn assemble(id: VolumeId, entry: &VolumeEntry, rows: Vec<SliceRow>) -> Result<Vo
     Ok(Volume {
         name: name(),
         shape: [rows.len(), shape.0, shape.1],
+        channels: rows.first().map_or(1, |row| row.channels),
         labels: labels.map(|labels| labels.concat()),
         slices: rows.into_iter().flat_map(|row| row.image).collect(),
         spacing_mm: entry.spacing_mm,

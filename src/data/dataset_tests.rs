@@ -108,6 +108,61 @@ fn volumes_come_back_in_anatomical_order() {
     assert!(matches!(dataset.load_volume(VolumeId(9)), Err(DataError::Unusable(_))));
 }
 
+/// Two slices of `channels` channels, each pixel saying its slice and its channel.
+fn with_channels(channels: &[&str]) -> (Manifest, Arc<MemoryObjects>) {
+    let objects = Arc::new(MemoryObjects::default());
+    let mut options = WriteOptions::new("test", &["background", "heart"]);
+    options.channels = channels.iter().map(|name| (*name).to_owned()).collect();
+    let mut writer = DatasetWriter::new(objects.clone(), options).unwrap();
+    let slice = |n: u32| NewSlice {
+        slice: n,
+        shape: (3, 2),
+        image: (0..channels.len().max(1) * 6).map(|at| (n * 10) as f32 + (at / 6) as f32).collect(),
+        label: None,
+    };
+    let mut volume = volume("a1", Split::Train, 2, false);
+    volume.slices = (0..2).map(slice).collect();
+    let manifest = futures::executor::block_on(async {
+        writer.add(volume).await.unwrap();
+        writer.finish().await.unwrap()
+    });
+    (manifest, objects)
+}
+
+#[test]
+fn channels_come_back_in_their_order_and_one_is_format_1_still() {
+    let (manifest, objects) = with_channels(&["T1", "T2", "FLAIR"]);
+    assert_eq!((manifest.format, manifest.channel_count()), (2, 3));
+    let dataset = Dataset::open(objects).unwrap();
+    let volume = dataset.load_volume(VolumeId(0)).unwrap();
+    assert_eq!((volume.shape, volume.channels), ([2, 3, 2], 3));
+    let want = [0.0, 1.0, 2.0, 10.0, 11.0, 12.0].map(|value: f32| [value; 6]).concat();
+    assert_eq!(volume.slices, want);
+    assert_eq!(info(&dataset).unwrap().channel_names, ["T1", "T2", "FLAIR"]);
+    for (names, field) in [(&[][..], false), (&["T1"], true)] {
+        let (manifest, objects) = with_channels(names);
+        assert_eq!((manifest.format, manifest.channel_count()), (1, 1));
+        let text = String::from_utf8(objects.bytes(MANIFEST_PATH).unwrap().to_vec()).unwrap();
+        assert_eq!(text.contains("channels"), field, "{text}");
+    }
+}
+
+#[test]
+fn shards_of_other_channels_than_the_manifests_are_refused() {
+    let (mut manifest, objects) = with_channels(&["T1", "T2"]);
+    manifest.channels.push("FLAIR".to_owned());
+    objects.replace(MANIFEST_PATH, manifest.to_bytes().unwrap().into());
+    let dataset = Dataset::open(objects.clone()).unwrap();
+    let error = dataset.load_volume(VolumeId(0)).unwrap_err().to_string();
+    assert!(error.contains("train-00000") && error.contains("2 channels, not 3"), "{error}");
+    assert!(!verify(&dataset, 1).is_sound());
+    // An older program would read the first channel and call it the image.
+    manifest.format = 1;
+    objects.replace(MANIFEST_PATH, manifest.to_bytes().unwrap().into());
+    let error = Dataset::open(objects).unwrap_err().to_string();
+    assert!(error.contains("3 channels in format 1"), "{error}");
+}
+
 #[test]
 fn one_damaged_answer_is_fetched_again() {
     for pick in [

@@ -73,7 +73,9 @@ impl LoaderPlan {
 pub struct Batch {
     /// The step it is for.
     pub step: Step,
-    /// `[n_labelled + n_unlabelled, 1, H, W]`, labelled first.
+    /// Channels of its images, at least one.
+    pub channels: usize,
+    /// `[n_labelled + n_unlabelled, channels, H, W]`, labelled first.
     pub images: Vec<f32>,
     /// `[n_labelled, H, W]`.
     pub labels: Vec<u8>,
@@ -237,7 +239,8 @@ impl Shared {
         let wanted: HashSet<u64> = draws.iter().map(|draw| draw.sample / block_rows).collect();
         let blocks = self.cache.get_all(&wanted, &self.stop)?;
         let pixels = self.plan.patch.0 * self.plan.patch.1;
-        let mut images = Vec::with_capacity(draws.len() * pixels);
+        let channels = self.dataset.manifest().channel_count();
+        let mut images = Vec::with_capacity(draws.len() * channels * pixels);
         let mut labels = Vec::with_capacity(n_labelled * pixels);
         for (slot, draw) in draws.iter().enumerate() {
             let block = blocks.get(&(draw.sample / block_rows));
@@ -247,7 +250,7 @@ impl Shared {
         }
         let n_unlabelled = draws.len() - n_labelled;
         let waited = Duration::ZERO;
-        Ok(Batch { step, images, labels, n_labelled, n_unlabelled, draws, waited })
+        Ok(Batch { step, channels, images, labels, n_labelled, n_unlabelled, draws, waited })
     }
 
     fn add(
@@ -263,8 +266,11 @@ impl Shared {
         } else {
             Augmentation::None
         };
-        let (image, shape) = augmentation.apply(&row.image, row.shape);
-        images.extend(zoom(&image, shape, self.plan.patch));
+        // One draw for all of a sample: its channels and its label stay on each other.
+        for channel in row.image.chunks_exact(row.shape.0 * row.shape.1) {
+            let (image, shape) = augmentation.apply(channel, row.shape);
+            images.extend(zoom(&image, shape, self.plan.patch));
+        }
         if with_label {
             let label = row.label.as_ref().ok_or_else(|| self.broken(draw, "has no label"))?;
             let (label, shape) = augmentation.apply(label, row.shape);

@@ -149,6 +149,48 @@ fn without_augmentation_a_batch_holds_the_stored_pixels() {
 }
 
 #[test]
+fn channels_are_augmented_alike_and_stay_in_order() {
+    use crate::data::manifest::Split;
+    use crate::data::write::{DatasetWriter, NewSlice, NewVolume, WriteOptions};
+    let objects = Arc::new(MemoryObjects::default());
+    let mut options = WriteOptions::new("two", &["background", "heart"]);
+    options.channels = vec!["plain".to_owned(), "doubled".to_owned()];
+    let mut writer = DatasetWriter::new(objects.clone(), options).unwrap();
+    // A pixel's own number; its double; and which of them are below 60.
+    let slice = |slice| NewSlice {
+        slice,
+        shape: (12, 10),
+        image: (0..240_u8).map(|at| f32::from(at % 120) * (1.0 + f32::from(at / 120))).collect(),
+        label: Some((0..120).map(|at| u8::from(at >= 60)).collect()),
+    };
+    futures::executor::block_on(async {
+        for (patient, split) in [("a", Split::Train), ("b", Split::Train), ("c", Split::Val)] {
+            let (name, patient) = (patient.to_owned(), patient.to_owned());
+            let slices = (0..6).map(slice).collect();
+            let volume = NewVolume { name, patient, split, spacing_mm: None, affine: None, slices };
+            writer.add(volume).await.unwrap();
+        }
+        writer.finish().await.unwrap();
+    });
+    let plan = LoaderPlan { labelled_patients: 1, patch: (16, 20), ..plan() };
+    let batches = load(objects, plan);
+    let (pixels, mut changed) = (16 * 20, 0);
+    for batch in &batches {
+        assert_eq!((batch.channels, batch.images.len()), (2, 8 * 2 * pixels));
+        for (slot, image) in batch.images.chunks(2 * pixels).enumerate() {
+            let (plain, doubled) = image.split_at(pixels);
+            assert!(plain.iter().zip(doubled).all(|(a, b)| a * 2.0 == *b), "step {:?}", batch.step);
+            changed += usize::from(!plain.is_sorted());
+            if slot < batch.n_labelled {
+                let labels = &batch.labels[slot * pixels..(slot + 1) * pixels];
+                assert!(plain.iter().zip(labels).all(|(a, label)| (*a >= 60.0) == (*label == 1)));
+            }
+        }
+    }
+    assert!(changed > 20, "{changed} of 160 were augmented");
+}
+
+#[test]
 fn an_epoch_fetches_each_block_about_once() {
     let reader = Slow::new(Duration::ZERO);
     let dataset = Dataset::open(reader.clone()).unwrap();

@@ -18,8 +18,17 @@ use super::error::DataError;
 use super::preprocess::Preprocessing;
 use crate::types::ObjectDigest;
 
-/// The newest format this program reads, and the one it writes.
-pub const FORMAT: u32 = 1;
+/// The newest format this program reads. Images of one channel are still written as format 1, byte
+/// for byte what they were; those of several are format 2, which an older program refuses by name.
+pub const FORMAT: u32 = 2;
+
+/// The most channels that an image has.
+pub const CHANNELS_MAX: usize = 64;
+
+/// The oldest format in which images of `channels` channels can be written.
+pub(crate) fn format_for(channels: usize) -> u32 {
+    if channels > 1 { 2 } else { 1 }
+}
 
 /// Where the manifest lies within a dataset.
 pub const MANIFEST_PATH: &str = "manifest.json";
@@ -122,6 +131,9 @@ pub struct Manifest {
     /// manifests without it mean.
     #[serde(default, skip_serializing_if = "Preprocessing::is_default")]
     pub preprocessing: Preprocessing,
+    /// Names of the images' channels, in their order; empty for one channel without a name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub channels: Vec<String>,
     /// Rows in a block, which is a Parquet row group.
     pub block_rows: u64,
     /// Shards, the splits one after the other, rows in order.
@@ -223,6 +235,11 @@ impl Manifest {
         to_json(MANIFEST_PATH, self)
     }
 
+    /// How many channels every image has, at least one.
+    pub fn channel_count(&self) -> usize {
+        self.channels.len().max(1)
+    }
+
     /// Rows of a split.
     pub fn rows(&self, split: Split) -> u64 {
         self.shards_of(split).map(|shard| shard.rows).sum()
@@ -278,6 +295,12 @@ impl Manifest {
         }
         if self.classes.len() < 2 || self.classes.len() > 256 {
             return Err(format!("{} classes, not 2..=256", self.classes.len()));
+        }
+        if self.channels.len() > CHANNELS_MAX {
+            return Err(format!("{} channels, not 1..={CHANNELS_MAX}", self.channels.len()));
+        }
+        if self.format < format_for(self.channels.len()) {
+            return Err(format!("{} channels in format {}", self.channels.len(), self.format));
         }
         self.check_shards()?;
         self.check_volumes()?;
@@ -391,6 +414,7 @@ mod tests {
             name: "test".to_owned(),
             classes: vec!["background".to_owned(), "heart".to_owned()],
             preprocessing: Preprocessing::default(),
+            channels: Vec::new(),
             block_rows: 4,
             shards: vec![shard(Split::Train, 8), shard(Split::Val, 2)],
             volumes: vec![
@@ -422,8 +446,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_refused_by_name_even_if_it_does_not_parse() {
-        let error = Manifest::parse(br#"{"format": 2, "fields": "unknown"}"#).unwrap_err();
-        assert!(matches!(error, DataError::NewerFormat { found: 2, supported: 1, .. }), "{error}");
+        let error = Manifest::parse(br#"{"format": 3, "fields": "unknown"}"#).unwrap_err();
+        assert!(matches!(error, DataError::NewerFormat { found: 3, supported: 2, .. }), "{error}");
     }
 
     #[test]

@@ -41,6 +41,10 @@ pub struct Info {
     pub format: u32,
     /// Class names by label value.
     pub classes: Vec<String>,
+    /// Channels of its images.
+    pub channels: usize,
+    /// Their names, where they have some.
+    pub channel_names: Vec<String>,
     /// Rows in a block.
     pub block_rows: u64,
     /// Its splits, by name.
@@ -75,6 +79,8 @@ pub fn info(dataset: &Dataset) -> Result<Info, DataError> {
         manifest: dataset.digest().clone(),
         format: manifest.format,
         classes: manifest.classes.clone(),
+        channels: manifest.channel_count(),
+        channel_names: manifest.channels.clone(),
         block_rows: manifest.block_rows,
         splits: splits.into(),
         labelled_slices: (1..=patients)

@@ -1,7 +1,8 @@
 //! One shard: Parquet bytes to slices and back. In memory only; nothing is fetched or verified.
 //!
 //! A row is a slice: `volume`, `slice`, `height`, `width`, `dtype`, `image` and `label` (bytes, row
-//! by row, little-endian; `label` null where there is none). zstd, no dictionaries: pixels do not
+//! by row, little-endian; `label` null where there is none). Images of several channels, one after
+//! the other in `image`, have a last column `channels`. zstd, no dictionaries: pixels do not
 //! repeat. A row group decodes from its own bytes and the footer, which is what `Parts` offers
 //! to the Parquet reader in place of a file.
 
@@ -24,14 +25,17 @@ use parquet::file::reader::{ChunkReader, Length};
 
 use super::augment::Shape;
 use super::error::DataError;
-use super::manifest::{FORMAT, GroupEntry, ShardIndex};
+use super::manifest::{CHANNELS_MAX, GroupEntry, ShardIndex, format_for};
 use crate::types::ObjectDigest;
 
 /// The only element type of stored images so far.
 const DTYPE: &str = "f32";
 
-/// No slice is larger: 64 Mi pixels.
+/// No slice is larger: 64 Mi pixels, over all its channels.
 pub(crate) const MAX_SLICE_PIXELS: usize = 1 << 26;
+
+/// The column that only images of several channels have.
+const CHANNELS_COLUMN: usize = 7;
 
 /// One slice as it is stored.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,9 +44,11 @@ pub struct SliceRow {
     pub volume: u32,
     /// Its place in the volume, from zero.
     pub slice: u32,
+    /// Channels of its image, at least one.
+    pub channels: usize,
     /// Height and width.
     pub shape: Shape,
-    /// Intensities, row by row.
+    /// Intensities `[C, H, W]`.
     pub image: Vec<f32>,
     /// Class of each pixel, where it is known.
     pub label: Option<Vec<u8>>,
@@ -64,8 +70,8 @@ pub struct EncodedShard {
     pub index: ShardIndex,
 }
 
-fn schema() -> Arc<Schema> {
-    Arc::new(Schema::new(vec![
+fn schema(channels: usize) -> Arc<Schema> {
+    let mut columns = vec![
         Field::new("volume", DataType::UInt32, false),
         Field::new("slice", DataType::UInt32, false),
         Field::new("height", DataType::UInt32, false),
@@ -73,10 +79,15 @@ fn schema() -> Arc<Schema> {
         Field::new("dtype", DataType::Utf8, false),
         Field::new("image", DataType::Binary, false),
         Field::new("label", DataType::Binary, true),
-    ]))
+    ];
+    if channels > 1 {
+        columns.push(Field::new("channels", DataType::UInt32, false));
+    }
+    Arc::new(Schema::new(columns))
 }
 
-/// Encodes `rows` as the shard `object`, a row group for every `block_rows` of them.
+/// Encodes `rows` as the shard `object`, a row group for every `block_rows` of them. All rows have
+/// as many channels as the first.
 pub fn encode(
     object: &str,
     rows: &[SliceRow],
@@ -84,6 +95,7 @@ pub fn encode(
     zstd_level: i32,
 ) -> Result<EncodedShard, DataError> {
     let bad = |error: ParquetError| DataError::invalid(object, error);
+    let channels = rows.first().map_or(1, |row| row.channels);
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(zstd_level).map_err(bad)?))
         .set_dictionary_enabled(false)
@@ -92,19 +104,26 @@ pub fn encode(
         .set_max_row_group_row_count(Some(block_rows))
         .build();
     let mut bytes = Vec::new();
-    let mut writer = ArrowWriter::try_new(&mut bytes, schema(), Some(properties)).map_err(bad)?;
+    let mut writer =
+        ArrowWriter::try_new(&mut bytes, schema(channels), Some(properties)).map_err(bad)?;
     for block in rows.chunks(block_rows) {
-        let batch = to_batch(block).map_err(|error| DataError::invalid(object, error))?;
+        // What Arrow's 32-bit offsets can tell apart; it would panic.
+        let image_bytes: usize = block.iter().map(|row| row.image.len() * size_of::<f32>()).sum();
+        if image_bytes > i32::MAX as usize {
+            let why = format!("{} slices of {image_bytes} bytes are no block", block.len());
+            return Err(DataError::invalid(object, why));
+        }
+        let batch = to_batch(block, channels).map_err(|error| DataError::invalid(object, error))?;
         writer.write(&batch).map_err(bad)?;
         writer.flush().map_err(bad)?;
     }
     let metadata = writer.close().map_err(bad)?;
     let bytes = Bytes::from(bytes);
-    let index = index_of(object, &bytes, &metadata)?;
+    let index = index_of(object, &bytes, &metadata, format_for(channels))?;
     Ok(EncodedShard { bytes, index })
 }
 
-fn to_batch(rows: &[SliceRow]) -> Result<RecordBatch, arrow_schema::ArrowError> {
+fn to_batch(rows: &[SliceRow], channels: usize) -> Result<RecordBatch, arrow_schema::ArrowError> {
     let numbers = |of: fn(&SliceRow) -> u32| -> ArrayRef {
         Arc::new(rows.iter().map(|row| Some(of(row))).collect::<UInt32Array>())
     };
@@ -113,7 +132,7 @@ fn to_batch(rows: &[SliceRow]) -> Result<RecordBatch, arrow_schema::ArrowError> 
         .map(|row| row.image.iter().flat_map(|value| value.to_le_bytes()).collect())
         .collect();
     let labels: Vec<Option<&[u8]>> = rows.iter().map(|row| row.label.as_deref()).collect();
-    let columns: Vec<ArrayRef> = vec![
+    let mut columns: Vec<ArrayRef> = vec![
         numbers(|row| row.volume),
         numbers(|row| row.slice),
         numbers(|row| row.shape.0 as u32),
@@ -122,7 +141,10 @@ fn to_batch(rows: &[SliceRow]) -> Result<RecordBatch, arrow_schema::ArrowError> 
         Arc::new(BinaryArray::from_iter_values(&images)),
         Arc::new(BinaryArray::from_opt_vec(labels)),
     ];
-    RecordBatch::try_new(schema(), columns)
+    if channels > 1 {
+        columns.push(numbers(|row| row.channels as u32));
+    }
+    RecordBatch::try_new(schema(channels), columns)
 }
 
 /// The byte ranges of the row groups, from the metadata just written.
@@ -130,6 +152,7 @@ fn index_of(
     object: &str,
     bytes: &Bytes,
     metadata: &ParquetMetaData,
+    format: u32,
 ) -> Result<ShardIndex, DataError> {
     let mut groups = Vec::with_capacity(metadata.num_row_groups());
     let mut end = 0;
@@ -144,7 +167,7 @@ fn index_of(
         });
     }
     Ok(ShardIndex {
-        format: FORMAT,
+        format,
         object: object.to_owned(),
         footer_offset: end,
         footer_digest: ObjectDigest::of(&bytes[end as usize..]),
@@ -212,7 +235,8 @@ impl ShardFooter {
         if metadata.metadata().num_row_groups() != index.groups.len() {
             return Err(DataError::invalid(&index.object, "its index has other row groups"));
         }
-        if metadata.schema().fields() != schema().fields() {
+        let fields = metadata.schema().fields();
+        if fields != schema(1).fields() && fields != schema(2).fields() {
             return Err(DataError::invalid(&index.object, "its columns are not those of a shard"));
         }
         Ok(Self { object: index.object.clone(), shard_bytes, footer, metadata })
@@ -255,10 +279,17 @@ fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
     if dtype != DTYPE {
         return Err(format!("images of type `{dtype}` are not known"));
     }
+    let several = batch.num_columns() > CHANNELS_COLUMN;
+    let channels = if several { number(CHANNELS_COLUMN) as usize } else { 1 };
     let pixels = shape.0.saturating_mul(shape.1);
+    let values = pixels.saturating_mul(channels);
     let image = batch.column(5).as_binary::<i32>().value(row);
-    if pixels == 0 || pixels > MAX_SLICE_PIXELS || image.len() != pixels * size_of::<f32>() {
-        return Err(format!("{} bytes are no image of {shape:?}", image.len()));
+    if !(1..=CHANNELS_MAX).contains(&channels)
+        || !(1..=MAX_SLICE_PIXELS).contains(&values)
+        || image.len() != values * size_of::<f32>()
+    {
+        let bytes = image.len();
+        return Err(format!("{bytes} bytes are no image of {channels} channels of {shape:?}"));
     }
     let (words, _) = image.as_chunks::<4>();
     let labels = batch.column(6);
@@ -269,6 +300,7 @@ fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
     Ok(SliceRow {
         volume: number(0),
         slice: number(1),
+        channels,
         shape,
         image: words.iter().map(|word| f32::from_le_bytes(*word)).collect(),
         label,
@@ -279,7 +311,7 @@ fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
 mod tests {
     use super::*;
 
-    fn rows(count: u32) -> Vec<SliceRow> {
+    fn rows(count: u32, channels: usize) -> Vec<SliceRow> {
         (0..count)
             .map(|n| {
                 let shape = (3 + n as usize % 4, 5);
@@ -287,8 +319,9 @@ mod tests {
                 SliceRow {
                     volume: n / 4,
                     slice: n % 4,
+                    channels,
                     shape,
-                    image: (0..pixels).map(|p| (p as f32 + n as f32).sin()).collect(),
+                    image: (0..channels * pixels).map(|p| (p as f32 + n as f32).sin()).collect(),
                     label: (n % 3 != 0).then(|| vec![n as u8; pixels]),
                 }
             })
@@ -297,24 +330,43 @@ mod tests {
 
     #[test]
     fn each_row_group_decodes_from_its_own_range_and_the_footer() {
-        let rows = rows(11);
-        let shard = encode("shards/x.parquet", &rows, 4, 1).unwrap();
-        let sizes: Vec<u64> = shard.index.groups.iter().map(|group| group.rows).collect();
-        assert_eq!(sizes, [4, 4, 3]);
-        let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
-        let footer = ShardFooter::parse(&shard.index, footer).unwrap();
-        for (number, group) in shard.index.groups.iter().enumerate() {
-            let start = group.offset as usize;
-            let bytes = shard.bytes.slice(start..start + group.digest.bytes as usize);
-            assert!(group.digest.matches(&bytes));
-            let decoded = footer.decode(number, group, bytes).unwrap();
-            assert_eq!(decoded, rows[number * 4..(number * 4 + 4).min(11)]);
+        for (channels, format) in [(1, 1), (3, 2)] {
+            let rows = rows(11, channels);
+            let shard = encode("shards/x.parquet", &rows, 4, 1).unwrap();
+            assert_eq!(shard.index.format, format);
+            let sizes: Vec<u64> = shard.index.groups.iter().map(|group| group.rows).collect();
+            assert_eq!(sizes, [4, 4, 3]);
+            let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+            let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+            for (number, group) in shard.index.groups.iter().enumerate() {
+                let start = group.offset as usize;
+                let bytes = shard.bytes.slice(start..start + group.digest.bytes as usize);
+                assert!(group.digest.matches(&bytes));
+                let decoded = footer.decode(number, group, bytes).unwrap();
+                assert_eq!(decoded, rows[number * 4..(number * 4 + 4).min(11)]);
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_that_is_not_its_channels_is_an_error() {
+        for channels in [0, 2, 4, 1 << 31] {
+            let mut rows = rows(2, 3);
+            rows[1].channels = channels;
+            let shard = encode("shards/x.parquet", &rows, 4, 1).unwrap();
+            let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+            let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+            let group = &shard.index.groups[0];
+            let bytes =
+                shard.bytes.slice(group.offset as usize..shard.index.footer_offset as usize);
+            let error = footer.decode(0, group, bytes).unwrap_err().to_string();
+            assert!(error.contains(&format!("{channels} channels")), "{error}");
         }
     }
 
     #[test]
     fn a_foreign_footer_is_an_error() {
-        let shard = encode("shards/x.parquet", &rows(4), 4, 1).unwrap();
+        let shard = encode("shards/x.parquet", &rows(4, 1), 4, 1).unwrap();
         let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
         assert!(ShardFooter::parse(&shard.index, footer.slice(1..)).is_err());
         let mut index = shard.index.clone();

@@ -10,7 +10,8 @@ use bytes::Bytes;
 
 use super::error::DataError;
 use super::manifest::{
-    FORMAT, MANIFEST_PATH, MAX_BLOCK_ROWS, Manifest, ShardEntry, Split, VolumeEntry, to_json,
+    CHANNELS_MAX, MANIFEST_PATH, MAX_BLOCK_ROWS, Manifest, ShardEntry, Split, VolumeEntry,
+    format_for, to_json,
 };
 use super::preprocess::Preprocessing;
 use super::shard::{SliceRow, encode};
@@ -27,6 +28,8 @@ pub struct WriteOptions {
     pub classes: Vec<String>,
     /// How volumes were made from images, for those that are predicted later.
     pub preprocessing: Preprocessing,
+    /// Names of the images' channels in their order; empty for one channel without a name.
+    pub channels: Vec<String>,
     /// Rows in a block: what is fetched at once.
     pub block_rows: u32,
     /// Blocks in a shard.
@@ -42,6 +45,7 @@ impl WriteOptions {
             name: name.into(),
             classes: classes.iter().map(|class| (*class).to_owned()).collect(),
             preprocessing: Preprocessing::default(),
+            channels: Vec::new(),
             block_rows: 8,
             shard_blocks: 32,
             zstd_level: 3,
@@ -56,7 +60,7 @@ pub struct NewSlice {
     pub slice: u32,
     /// Height and width.
     pub shape: Shape,
-    /// Intensities, row by row; in [0, 1] per volume, unless an import was asked for z-scores.
+    /// Intensities `[C, H, W]`; in [0, 1] per volume and channel, unless an import was asked for z-scores.
     pub image: Vec<f32>,
     /// Class of each pixel, where it is known.
     pub label: Option<Vec<u8>>,
@@ -104,12 +108,18 @@ impl DatasetWriter {
                 options.shard_blocks
             )));
         }
+        if options.channels.len() > CHANNELS_MAX {
+            let channels = options.channels.len();
+            let why = format!("images of {channels} channels: at most {CHANNELS_MAX} are written");
+            return Err(DataError::Unusable(why));
+        }
         Ok(Self { sink, options, volumes: Vec::new(), pending: BTreeMap::new() })
     }
 
     /// Adds a volume behind those of its split.
     pub async fn add(&mut self, volume: NewVolume) -> Result<(), DataError> {
-        check(&volume, self.options.classes.len())?;
+        let channels = self.options.channels.len().max(1);
+        check(&volume, self.options.classes.len(), channels)?;
         let id = self.volumes.len() as u32;
         let pending = self.pending.entry(volume.split).or_default();
         self.volumes.push(VolumeEntry {
@@ -126,6 +136,7 @@ impl DatasetWriter {
         pending.rows.extend(volume.slices.into_iter().map(|slice| SliceRow {
             volume: id,
             slice: slice.slice,
+            channels,
             shape: slice.shape,
             image: slice.image,
             label: slice.label,
@@ -152,10 +163,11 @@ impl DatasetWriter {
             }
         }
         let manifest = Manifest {
-            format: FORMAT,
+            format: format_for(self.options.channels.len()),
             name: self.options.name.clone(),
             classes: self.options.classes.clone(),
             preprocessing: self.options.preprocessing,
+            channels: self.options.channels.clone(),
             block_rows: u64::from(self.options.block_rows),
             shards: self.pending.into_values().flat_map(|pending| pending.shards).collect(),
             volumes: self.volumes,
@@ -193,7 +205,7 @@ async fn put(sink: &dyn ObjectWriter, object: &str, bytes: Bytes) -> Result<(), 
 }
 
 /// Every slice is whole, its labels are classes, and either all or none have labels.
-fn check(volume: &NewVolume, classes: usize) -> Result<(), DataError> {
+fn check(volume: &NewVolume, classes: usize, channels: usize) -> Result<(), DataError> {
     let bad = |why: String| Err(DataError::invalid(&volume.name, why));
     if volume.slices.is_empty() {
         return bad("it has no slices".to_owned());
@@ -209,8 +221,11 @@ fn check(volume: &NewVolume, classes: usize) -> Result<(), DataError> {
     }
     for slice in &volume.slices {
         let pixels = slice.shape.0 * slice.shape.1;
-        if pixels == 0 || slice.image.len() != pixels {
-            return bad(format!("slice {} is not of shape {:?}", slice.slice, slice.shape));
+        if pixels == 0 || slice.image.len() != channels * pixels {
+            return bad(format!(
+                "slice {} is not of shape {:?} in {channels} channels",
+                slice.slice, slice.shape
+            ));
         }
         if slice.image.iter().any(|value| !value.is_finite()) {
             return bad(format!("slice {} holds values that are no numbers", slice.slice));

@@ -17,7 +17,12 @@ pub trait Segmenter {
     /// What can go wrong in it.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// Labels `n` slices at once: `slices` is `[n, h, w]`, and so is the result.
+    /// Channels of the images that it takes.
+    fn channels(&self) -> usize {
+        1
+    }
+
+    /// Labels `n` slices at once: `slices` is `[n, C, h, w]`, the result `[n, h, w]`.
     ///
     /// # Errors
     /// Whatever the model reports.
@@ -87,7 +92,7 @@ impl DistanceUnit {
 pub struct Volume<'a> {
     /// Name of the case, unique within a split.
     pub case: &'a str,
-    /// Intensities in `0..=1`, `[D, H, W]`.
+    /// Intensities in `0..=1`, `[D, C, H, W]`.
     pub image: &'a [f32],
     /// True classes, `[D, H, W]`.
     pub label: &'a [u8],
@@ -157,7 +162,7 @@ pub enum EvalError<E: std::error::Error + Send + Sync + 'static> {
     },
 }
 
-/// Segments a volume: labels `[D, H, W]` on the volume's own grid.
+/// Segments a volume `[D, C, H, W]`: labels `[D, H, W]` on the volume's own grid.
 ///
 /// # Errors
 /// When the segmenter fails, or a buffer (its result and the zooms' included) has the wrong length.
@@ -171,7 +176,8 @@ pub fn segment_volume<S: Segmenter>(
 ) -> Result<Vec<u8>, EvalError<S::Error>> {
     let mut labels = Vec::with_capacity(d * h * w);
     let (patch_h, patch_w) = settings.patch;
-    by_patches(case, image, [d, h, w], settings, zoom, |patches, n| {
+    let channels = segmenter.channels();
+    by_patches((case, channels), image, [d, h, w], settings, zoom, |patches, n| {
         let predicted = segmenter
             .segment(patches, n, patch_h, patch_w)
             .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
@@ -203,7 +209,8 @@ pub fn segment_with_probabilities<S: ProbabilitySegmenter>(
     let pixels = patch_h * patch_w;
     let mut labels = Vec::with_capacity(d * h * w);
     let mut probabilities = Vec::with_capacity(d * classes * h * w);
-    by_patches(case, image, [d, h, w], settings, zoom, |patches, n| {
+    let channels = segmenter.channels();
+    by_patches((case, channels), image, [d, h, w], settings, zoom, |patches, n| {
         let (predicted, each) = segmenter
             .segment_with_probabilities(patches, n, patch_h, patch_w)
             .map_err(|source| EvalError::Segment { case: case.to_owned(), source })?;
@@ -234,22 +241,22 @@ fn check<E: std::error::Error + Send + Sync + 'static>(
     }
 }
 
-/// Zooms slices to the patch size and hands them to `work`, a batch `[n, patch]` at a time.
+/// Zooms slices to the patch size and hands them to `work`, a batch `[n, channels, patch]` at a time.
 fn by_patches<E: std::error::Error + Send + Sync + 'static>(
-    case: &str,
+    (case, channels): (&str, usize),
     image: &[f32],
     [d, h, w]: [usize; 3],
     settings: &EvalSettings,
     zoom: Zoom<'_>,
     mut work: impl FnMut(&[f32], usize) -> Result<(), EvalError<E>>,
 ) -> Result<(), EvalError<E>> {
-    check(case, "image", image.len(), d * h * w)?;
+    check(case, "image", image.len(), d * channels * h * w)?;
     if image.is_empty() {
         return Ok(());
     }
-    let patch_len = settings.patch.0 * settings.patch.1;
-    for slices in image.chunks(settings.batch.max(1) * h * w) {
-        let n = slices.len() / (h * w);
+    let patch_len = channels * settings.patch.0 * settings.patch.1;
+    for slices in image.chunks(settings.batch.max(1) * channels * h * w) {
+        let n = slices.len() / (channels * h * w);
         let mut patches = Vec::with_capacity(n * patch_len);
         for slice in slices.chunks(h * w) {
             patches.extend((zoom.image)(slice, (h, w), settings.patch));
@@ -378,6 +385,32 @@ mod tests {
         }
     }
 
+    /// A "model" of two channels: the class is the first times two, plus the second.
+    struct Sums;
+
+    impl Segmenter for Sums {
+        type Error = Infallible;
+
+        fn channels(&self) -> usize {
+            2
+        }
+
+        fn segment(
+            &mut self,
+            slices: &[f32],
+            n: usize,
+            h: usize,
+            w: usize,
+        ) -> Result<Vec<u8>, Infallible> {
+            assert_eq!(slices.len(), n * 2 * h * w);
+            let sum = |image: &[f32]| -> Vec<u8> {
+                let (first, second) = image.split_at(h * w);
+                first.iter().zip(second).map(|(a, b)| (a * 2.0 + b) as u8).collect()
+            };
+            Ok(slices.chunks(2 * h * w).flat_map(sum).collect())
+        }
+    }
+
     #[test]
     fn probabilities_come_slice_by_slice_then_class_by_class() {
         let label: Vec<u8> = (0..5 * 4 * 2).map(|i| (i / 7 % 3) as u8).collect();
@@ -398,6 +431,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn slices_keep_their_channels_whatever_the_batch() {
+        // Slice 0 is class 1, slice 1 class 2, slice 2 class 3.
+        let image: Vec<f32> =
+            [0.0, 1.0, 1.0, 0.0, 1.0, 1.0].into_iter().flat_map(|v| [v; 16]).collect();
+        for batch in [1, 2, 3] {
+            let found =
+                segment_volume(&mut Sums, "a", &image, [3, 4, 4], &settings(batch), ZOOM).unwrap();
+            assert_eq!(found, [[1_u8; 16], [2; 16], [3; 16]].concat(), "batch {batch}");
+        }
+        let short = segment_volume(&mut Sums, "a", &image[..48], [3, 4, 4], &settings(1), ZOOM);
+        assert!(short.unwrap_err().to_string().contains("96 elements, has 48"));
     }
 
     #[test]

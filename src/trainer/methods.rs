@@ -42,8 +42,8 @@ pub(super) fn method(config: &RunConfig, epoch_steps: u64) -> Box<dyn Method> {
     }
 }
 
-/// The network that a configuration asks for.
-pub(super) fn network(config: &RunConfig, classes: i64) -> NetworkConfig {
+/// The network that a configuration asks for, for a dataset's classes and channels.
+pub(super) fn network(config: &RunConfig, classes: i64, channels: i64) -> NetworkConfig {
     let up = |mode: &UpMode| match mode {
         UpMode::Transposed => model::UpMode::Transposed,
         UpMode::Bilinear => model::UpMode::Bilinear,
@@ -51,7 +51,7 @@ pub(super) fn network(config: &RunConfig, classes: i64) -> NetworkConfig {
         UpMode::Bicubic => model::UpMode::Bicubic,
     };
     let sizes = NetworkConfig {
-        in_channels: 1,
+        in_channels: channels,
         classes,
         widths: config.model.widths.map(i64::from),
         up: config.model.up.iter().map(up).collect(),
@@ -123,7 +123,7 @@ mod tests {
             let method = method(&config, 11);
             assert_eq!(method.terms().last(), Some(&"total"), "{name:?}");
             assert!(!method.cast().teacher || method.teacher_decay(100_000) == 0.99, "{name:?}");
-            let heads = network(&config, 4);
+            let heads = network(&config, 4, 1);
             let pyramid = [Name::Supervised, Name::Cpcr, Name::CpcrFocal, Name::Urpc];
             assert_eq!(heads.pyramid, pyramid.contains(&name), "{name:?}");
         }

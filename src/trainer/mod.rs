@@ -152,15 +152,15 @@ fn counts(deal: &DealSpec, world: WorldSize) -> Counts {
     }
 }
 
-/// `[N, 1, H, W]` float32 images and `[N_l, H, W]` uint8 labels of a batch, on the device.
+/// `[N, C, H, W]` float32 images and `[N_l, H, W]` uint8 labels of a batch, on the device.
 fn tensors(
     batch: &Batch,
     (h, w): (usize, usize),
     device: Device,
 ) -> Result<(Tensor, Tensor), TrainerError> {
     let n = (batch.n_labelled + batch.n_unlabelled) as i64;
-    let (h, w) = (h as i64, w as i64);
-    let images = Tensor::f_from_slice(&batch.images)?.f_view([n, 1, h, w])?;
+    let (c, h, w) = (batch.channels as i64, h as i64, w as i64);
+    let images = Tensor::f_from_slice(&batch.images)?.f_view([n, c, h, w])?;
     let labels = if batch.n_labelled == 0 {
         Tensor::f_zeros([0, h, w], (Kind::Uint8, Device::Cpu))?
     } else {

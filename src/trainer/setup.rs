@@ -78,7 +78,8 @@ impl Trainer {
 
         let device = device::open(assignment.backend, config.train.precision)?;
         let classes = dataset.manifest().classes.len() as i64;
-        let (net, train) = (methods::network(&config, classes), &config.train);
+        let channels = dataset.manifest().channel_count() as i64;
+        let (net, train) = (methods::network(&config, classes, channels), &config.train);
         let sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
         let cast = methods::method(&config, 0).cast();
         let mut nets = Ensemble::new(&net, cast, device, train.seed, &sgd)?;

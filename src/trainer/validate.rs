@@ -27,7 +27,11 @@ pub(super) struct ArgMax<'a>(pub(super) &'a Network);
 impl Segmenter for ArgMax<'_> {
     type Error = ModelError;
 
-    /// `[n, h, w]` intensities -> `[n, h, w]` classes.
+    fn channels(&self) -> usize {
+        self.0.config().in_channels as usize
+    }
+
+    /// `[n, C, h, w]` intensities -> `[n, h, w]` classes.
     fn segment(
         &mut self,
         slices: &[f32],
@@ -35,7 +39,12 @@ impl Segmenter for ArgMax<'_> {
         h: usize,
         w: usize,
     ) -> Result<Vec<u8>, ModelError> {
-        let x = Tensor::f_from_slice(slices)?.f_view([n as i64, 1, h as i64, w as i64])?;
+        let x = Tensor::f_from_slice(slices)?.f_view([
+            n as i64,
+            self.0.config().in_channels,
+            h as i64,
+            w as i64,
+        ])?;
         let x = x.f_to_device(self.0.params().device())?;
         let classes = self.0.forward_eval(&x)?.f_argmax(1, false)?;
         let classes = classes.f_to_kind(tch::Kind::Uint8)?.f_to_device(tch::Device::Cpu)?;
@@ -149,8 +158,10 @@ pub fn overlays(t: &Trainer) -> Result<Vec<ReportOverlay>, TrainerError> {
         .map_err(|e| fail(&e))?;
         emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
         let middle = d / 2 * h * w..(d / 2 + 1) * h * w;
+        // Its first channel is what is seen.
+        let first = d / 2 * volume.channels * h * w;
         let png = overlay::overlay_png(
-            &volume.slices[middle.clone()],
+            &volume.slices[first..first + h * w],
             &label[middle.clone()],
             &prediction[middle],
             (h, w),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use hdf5_reader::{Hdf5File, OpenOptions};
 
-use super::side_by_side;
+use super::{read_small, side_by_side};
 use crate::data::error::DataError;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
@@ -113,14 +113,6 @@ impl AcdcSource {
 
 fn bad(path: &Path, why: impl ToString) -> DataError {
     DataError::Import { path: path.to_owned(), why: why.to_string() }
-}
-
-fn read_small(path: &Path, bytes_max: u64) -> Result<Vec<u8>, DataError> {
-    let len = std::fs::metadata(path).map_err(|error| bad(path, error))?.len();
-    if len > bytes_max {
-        return Err(bad(path, format!("{len} bytes are more than the {bytes_max} allowed")));
-    }
-    std::fs::read(path).map_err(|error| bad(path, error))
 }
 
 /// Slices of one volume stand side by side in the list; their order within it is kept.

@@ -11,7 +11,7 @@ use crate::data::error::DataError;
 use crate::data::import::Pattern;
 
 /// The most files and folders that are looked at.
-const ENTRIES_MAX: usize = 1 << 20;
+pub(in crate::data::import) const ENTRIES_MAX: usize = 1 << 20;
 
 /// A case's files.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +86,7 @@ fn role_of<'a>(source: &NiftiSource, file: &'a str) -> Result<Option<(&'a str, R
 
 /// Paths of files up to `depth` folders down, `/` between parts. Hidden ones are passed over, as a
 /// shell's `*` does: archives made on a Mac hold a `._x.nii.gz` beside each `x.nii.gz`.
-fn walk(
+pub(in crate::data::import) fn walk(
     folder: &Path,
     prefix: &str,
     depth: usize,
@@ -116,11 +116,18 @@ fn walk(
 
 fn nothing_found(source: &NiftiSource, pattern: &Pattern, files: &[String]) -> DataError {
     let mut why = format!("no file in it fits `{}`", pattern.text());
-    let mut paths = files.iter().take(16).map(|file| source.folder.join(file));
-    if paths.any(|path| is_dicom(&path)) {
-        why += "; it holds DICOM: convert that with dcm2niix first and import what it makes";
+    if let Some(hint) = dicom_hint(files.iter().map(|file| source.folder.join(file))) {
+        why += hint;
     }
     bad(&source.folder, why)
+}
+
+/// What to add to a refusal where one of the first few files is DICOM.
+pub(in crate::data::import) fn dicom_hint(
+    files: impl Iterator<Item = PathBuf>,
+) -> Option<&'static str> {
+    let hint = "; it holds DICOM: convert that with dcm2niix first and import what it makes";
+    files.take(16).any(|path| is_dicom(&path)).then_some(hint)
 }
 
 fn is_dicom(path: &Path) -> bool {

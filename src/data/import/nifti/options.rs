@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use crate::data::error::DataError;
 use crate::data::import::Pattern;
 use crate::data::nifti::Geometry;
-use crate::data::preprocess::Preprocessing;
 
 /// Which files, and what to make of them.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,11 +55,6 @@ impl NiftiSource {
         }
     }
 
-    /// What its manifest says of how volumes were made.
-    pub(super) fn preprocessing(&self) -> Preprocessing {
-        Preprocessing { intensity: self.intensity, slice_axis: self.axis }
-    }
-
     /// Class names, once it is sure that the choices fit together.
     pub(super) fn checked_classes(&self) -> Result<Vec<String>, DataError> {
         let classes = match (&self.labels, self.classes.len()) {
@@ -72,33 +66,27 @@ impl NiftiSource {
             (None, 0) => vec!["background".to_owned(), "class 1".to_owned()],
             _ => self.classes.clone(),
         };
-        if !(2..=256).contains(&classes.len()) {
-            return Err(DataError::Unusable(format!("{} classes, not 2..=256", classes.len())));
-        }
-        for (from, to) in &self.map.0 {
-            if usize::from(*to) >= classes.len() {
-                return Err(DataError::Unusable(format!(
-                    "label {from} is mapped to class {to} of {}, counted from zero",
-                    classes.len()
-                )));
-            }
-        }
+        self.map.check(classes.len())?;
         Ok(classes)
     }
+}
 
-    /// Whose `case` is.
-    pub(super) fn patient_of<'a>(&self, case: &'a str) -> Result<&'a str, DataError> {
-        match &self.patient {
-            None => Ok(case
-                .split_once('_')
-                .map(|(patient, _)| patient)
-                .filter(|patient| !patient.is_empty())
-                .unwrap_or(case)),
-            Some(pattern) => pattern.name_in(case).ok_or_else(|| {
-                let pattern = pattern.text();
-                DataError::Unusable(format!("case `{case}` does not fit `{pattern}`"))
-            }),
-        }
+/// Whose `case` is, by a pattern with `{patient}`: without one what comes before the first `_`, or
+/// the whole name.
+pub(in crate::data::import) fn patient_of<'a>(
+    pattern: Option<&Pattern>,
+    case: &'a str,
+) -> Result<&'a str, DataError> {
+    match pattern {
+        None => Ok(case
+            .split_once('_')
+            .map(|(patient, _)| patient)
+            .filter(|patient| !patient.is_empty())
+            .unwrap_or(case)),
+        Some(pattern) => pattern.name_in(case).ok_or_else(|| {
+            let pattern = pattern.text();
+            DataError::Unusable(format!("case `{case}` does not fit `{pattern}`"))
+        }),
     }
 }
 
@@ -125,12 +113,19 @@ pub fn class_names(text: &str) -> Result<Vec<String>, DataError> {
     Ok(names)
 }
 
-/// Label values that mean another class than their own number.
+/// What label values mean: another class than their own number, or no more than is listed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct LabelMap(BTreeMap<i64, u8>);
+pub struct LabelMap {
+    pairs: BTreeMap<i64, u8>,
+    /// Whether a value that is not in `pairs` means nothing, rather than its own number.
+    complete: bool,
+    /// The value that means "not annotated" in the source.
+    ignored: Option<i64>,
+}
 
 impl LabelMap {
-    /// Reads `FROM=TO`s: a value in the files, a class counted from zero.
+    /// Reads `FROM=TO`s: a value in the files, a class counted from zero. Several values may mean
+    /// one class.
     ///
     /// # Errors
     /// [`DataError::Unusable`]: no such pair, a value that is mapped twice, or a wish to ignore one.
@@ -148,22 +143,63 @@ impl LabelMap {
                 return Err(bad("its value is mapped twice"));
             }
         }
-        Ok(Self(map))
+        Ok(Self { pairs: map, complete: false, ignored: None })
+    }
+
+    /// The values that a source declares, one class each in their order, where this map says
+    /// nothing else of them. Others mean nothing.
+    pub(in crate::data::import) fn over(&self, values: &[i64], ignored: Option<i64>) -> Self {
+        let mut pairs: BTreeMap<i64, u8> = values.iter().copied().zip(0..=u8::MAX).collect();
+        pairs.extend(&self.pairs);
+        Self { pairs, complete: true, ignored }
+    }
+
+    /// Whether there can be so many `classes`, and every class that it names is one of them.
+    pub(in crate::data::import) fn check(&self, classes: usize) -> Result<(), DataError> {
+        if !(2..=256).contains(&classes) {
+            return Err(DataError::Unusable(format!("{classes} classes, not 2..=256")));
+        }
+        match self.pairs.iter().find(|(_, to)| usize::from(**to) >= classes) {
+            Some((from, to)) => Err(DataError::Unusable(format!(
+                "label {from} is mapped to class {to} of {classes}, counted from zero"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// The class that `value` means; `None` where it is none of `classes`.
     pub(super) fn class_of(&self, value: f64, classes: usize) -> Option<u8> {
-        // Labels stored with a scale come back a rounding error off. The comparison is false for
-        // what is no number.
-        let near = value.round();
-        if (value - near).abs() <= 1e-4 && near.abs() < 1e15 {
-            let near = near as i64;
-            let mapped = self.0.get(&near).copied();
-            let class = mapped.or_else(|| u8::try_from(near).ok());
-            return class.filter(|class| usize::from(*class) < classes);
-        }
-        None
+        let near = whole(value)?;
+        let mapped = self.pairs.get(&near).copied();
+        let own = || if self.complete { None } else { u8::try_from(near).ok() };
+        mapped.or_else(own).filter(|class| usize::from(*class) < classes)
     }
+
+    /// Why `value` means no class, and what to do about it.
+    pub(super) fn why_not(&self, value: f64, classes: usize) -> String {
+        match whole(value) {
+            Some(near) if self.ignored == Some(near) => format!(
+                "label {near} is `ignore`, and there is no ignore label here yet: map it to a \
+                 class, such as --map {near}=0"
+            ),
+            Some(near) if self.complete => format!(
+                "label {near} is none of the labels that the dataset declares: map it to a class, \
+                 such as --map {near}=0"
+            ),
+            _ => format!(
+                "label {value} is none of the classes 0 to {}: map it to one (--map), or name \
+                 more classes",
+                classes - 1
+            ),
+        }
+    }
+}
+
+/// Labels stored with a scale come back a rounding error off. `None` for what is no whole number.
+fn whole(value: f64) -> Option<i64> {
+    let near = value.round();
+    // The comparison is false for what is no number.
+    ((value - near).abs() <= 1e-4 && near.abs() < 1e15).then_some(near as i64)
 }
 
 /// Across which axis of the voxel grid slices are cut.
@@ -310,5 +346,51 @@ pub enum SplitRule {
 impl Default for SplitRule {
     fn default() -> Self {
         Self::Fractions { val: 0.1, test: 0.2, seed: 1 }
+    }
+}
+
+/// What is asked for of the division; what is left open is the importer's to choose.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SplitWishes {
+    /// Part of the labelled patients to choose checkpoints by.
+    pub val: Option<f64>,
+    /// Part of the labelled patients to report on.
+    pub test: Option<f64>,
+    /// What the draw depends on.
+    pub seed: Option<u64>,
+    /// The patients to choose checkpoints by, instead of a draw.
+    pub val_patients: Vec<String>,
+    /// The patients to report on, instead of a draw.
+    pub test_patients: Vec<String>,
+}
+
+impl SplitWishes {
+    /// The rule, with the usual shares for what is left open.
+    pub fn rule(&self) -> SplitRule {
+        if !(self.val_patients.is_empty() && self.test_patients.is_empty()) {
+            let (val, test) = (self.val_patients.clone(), self.test_patients.clone());
+            return SplitRule::Patients { val, test };
+        }
+        let mut rule = SplitRule::default();
+        if let SplitRule::Fractions { val, test, seed } = &mut rule {
+            *val = self.val.unwrap_or(*val);
+            *test = self.test.unwrap_or(*test);
+            *seed = self.seed.unwrap_or(*seed);
+        }
+        rule
+    }
+
+    /// The rule where `folder` holds the test patients already.
+    pub(in crate::data::import) fn rule_beside(
+        &self,
+        folder: &str,
+    ) -> Result<SplitRule, DataError> {
+        if self.test.is_some_and(|test| test != 0.0) || !self.test_patients.is_empty() {
+            return Err(DataError::Unusable(format!(
+                "the labelled patients of `{folder}` are the test split: --test and \
+                 --test-patients do not go with it"
+            )));
+        }
+        Ok(Self { test: Some(0.0), ..self.clone() }.rule())
     }
 }

@@ -11,7 +11,7 @@ use crate::data::source::MemoryObjects;
 use super::super::Pattern;
 
 /// 2 x 3 x 4 voxels, thick along z, the axes of the grid turned a little.
-fn geometry(frames: usize) -> Geometry {
+pub(in crate::data::import) fn geometry(frames: usize) -> Geometry {
     Geometry {
         shape: [2, 3, 4, frames],
         spacing_mm: Some([0.5, 0.75, 8.0]),
@@ -24,13 +24,23 @@ fn geometry(frames: usize) -> Geometry {
     }
 }
 
-fn image(folder: &Path, name: &str, geometry: &Geometry, value: impl Fn(usize) -> f32) {
+pub(in crate::data::import) fn image(
+    folder: &Path,
+    name: &str,
+    geometry: &Geometry,
+    value: impl Fn(usize) -> f32,
+) {
     let count = geometry.shape.iter().product();
     let voxels: Vec<f32> = (0..count).map(value).collect();
     put(folder, name, geometry, Voxels::Floats(&voxels));
 }
 
-fn label(folder: &Path, name: &str, geometry: &Geometry, value: impl Fn(usize) -> u8) {
+pub(in crate::data::import) fn label(
+    folder: &Path,
+    name: &str,
+    geometry: &Geometry,
+    value: impl Fn(usize) -> u8,
+) {
     let count = geometry.shape.iter().product();
     let voxels: Vec<u8> = (0..count).map(value).collect();
     put(folder, name, geometry, Voxels::Labels(&voxels));
@@ -42,7 +52,7 @@ fn put(folder: &Path, name: &str, geometry: &Geometry, voxels: Voxels<'_>) {
     write_file(&path, geometry, voxels).unwrap();
 }
 
-fn class(at: usize) -> u8 {
+pub(in crate::data::import) fn class(at: usize) -> u8 {
     (at % 3) as u8
 }
 
@@ -72,14 +82,21 @@ fn source(folder: &Path) -> NiftiSource {
 }
 
 fn import_from(source: &NiftiSource) -> Result<(Manifest, Dataset), DataError> {
+    imported(|sink| futures::executor::block_on(import(source, sink, 2)))
+}
+
+/// What an import makes, opened and verified.
+pub(in crate::data::import) fn imported(
+    import: impl FnOnce(Arc<dyn ObjectWriter>) -> Result<Manifest, DataError>,
+) -> Result<(Manifest, Dataset), DataError> {
     let sink = Arc::new(MemoryObjects::default());
-    let manifest = futures::executor::block_on(import(source, sink.clone(), 2))?;
+    let manifest = import(sink.clone())?;
     let dataset = Dataset::open(sink)?;
     assert!(verify(&dataset, 1).is_sound());
     Ok((manifest, dataset))
 }
 
-fn volume(dataset: &Dataset, name: &str) -> Volume {
+pub(in crate::data::import) fn volume(dataset: &Dataset, name: &str) -> Volume {
     let all = Split::ALL.into_iter().flat_map(|split| dataset.volumes(split));
     let found = all.map(|id| dataset.load_volume(id).unwrap()).find(|volume| volume.name == name);
     found.unwrap_or_else(|| panic!("no volume {name}"))
@@ -295,6 +312,21 @@ fn a_label_that_lies_elsewhere_is_refused_with_both_names() {
         label(folder.path(), "labels/p02_a.nii.gz", &other, class);
         import_from(&source(folder.path())).unwrap();
     }
+}
+
+/// ACDC's files have an affine of unit spacing, which says nothing.
+#[test]
+fn an_orientation_that_the_files_own_spacing_contradicts_is_passed_over() {
+    let folder = folder();
+    let mut other = geometry(1);
+    other.affine =
+        Some([0, 1, 2, 3].map(|at| [0, 1, 2, 3].map(|to| f64::from(u8::from(at == to)))));
+    label(folder.path(), "labels/p02_a.nii.gz", &other, class);
+    let dataset = import_from(&source(folder.path())).unwrap().1;
+    assert!(volume(&dataset, "p02_a").affine.is_some());
+    image(folder.path(), "images/p02_a_img.nii.gz", &other, |at| at as f32);
+    let dataset = import_from(&source(folder.path())).unwrap().1;
+    assert_eq!(volume(&dataset, "p02_a").affine, None);
 }
 
 #[test]

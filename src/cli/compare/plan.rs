@@ -208,6 +208,15 @@ mod tests {
     }
 
     #[test]
+    fn the_configuration_of_few_phantoms_loads_and_keeps_its_best() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/configs/phantoms-few.toml");
+        let few = Request { config: Some(file.to_owned()), ..request(&["cpcr"], &[1]) };
+        let runs = plan(&few).unwrap();
+        assert_eq!(runs[0].config.data.labelled, 3);
+        assert_eq!(runs[0].set.len(), 3, "its validations have checkpoints: {:?}", runs[0].set);
+    }
+
+    #[test]
     fn mistakes_are_found_before_anything_is_trained() {
         let error = told(&request(&["cpcr", "cpc"], &[1]));
         assert!(error.contains("`cpc`") && error.contains("cpcr-focal"), "{error}");

@@ -1,0 +1,125 @@
+//! From somebody else's files to a trained and scored network, as a user goes: an nnU-Net dataset of
+//! two channels, and the ACDC challenge's tree. Real processes, small and short.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // The lint's exception for tests stops at their helpers.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use cpcr::data::nifti::{Geometry, Voxels, write_file};
+use support::{CPCR, checkpoint_file, launch, succeed, text};
+
+const SIDE: usize = 32;
+const SLICES: usize = 3;
+
+fn put(path: &Path, frames: usize, voxels: Voxels<'_>) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let spacing_mm = Some([1.5, 1.5, 8.0]);
+    let geometry = Geometry { shape: [SIDE, SIDE, SLICES, frames], spacing_mm, affine: None };
+    write_file(path, &geometry, voxels).unwrap();
+}
+
+/// Two rectangles, by case: which voxels are in the first, and in the second.
+fn anatomy(case: usize) -> (Vec<f32>, Vec<f32>) {
+    let inside = |row: usize, column: usize| {
+        let at = |voxel: usize| (voxel / SIDE % SIDE, voxel % SIDE);
+        let hit = move |voxel: usize| {
+            let (y, x) = at(voxel);
+            f32::from(u8::from((row..row + 12).contains(&y) && (column..column + 9).contains(&x)))
+        };
+        (0..SIDE * SIDE * SLICES).map(hit).collect()
+    };
+    (inside(2 + case, 3), inside(12 + case % 5, 18))
+}
+
+/// Each class shows in one channel alone.
+fn nnunet(folder: &Path) {
+    let description = r#"{"channel_names": {"0": "T1", "1": "T2"}, "file_ending": ".nii.gz",
+        "labels": {"background": 0, "left": 1, "right": 2}, "numTraining": 8}"#;
+    std::fs::create_dir_all(folder).unwrap();
+    std::fs::write(folder.join("dataset.json"), description).unwrap();
+    let folds =
+        r#"[{"train": ["c0_a", "c1_a", "c2_a", "c3_a", "c4_a", "c5_a"], "val": ["c6_a", "c7_a"]}]"#;
+    std::fs::write(folder.join("splits_final.json"), folds).unwrap();
+    for case in 0..8 {
+        let (left, right) = anatomy(case);
+        let name = format!("c{case}_a");
+        for (channel, voxels) in [&left, &right].into_iter().enumerate() {
+            let path = folder.join(format!("imagesTr/{name}_000{channel}.nii.gz"));
+            put(&path, 1, Voxels::Floats(voxels));
+        }
+        let label: Vec<u8> = left.iter().zip(&right).map(|(l, r)| (l + 2.0 * r) as u8).collect();
+        put(&folder.join(format!("labelsTr/{name}.nii.gz")), 1, Voxels::Labels(&label));
+    }
+}
+
+fn cpcr(folder: &Path, arguments: &[&str]) -> Output {
+    Command::new(CPCR).current_dir(folder).args(arguments).output().unwrap()
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    succeed(output);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn two_channels_are_imported_trained_on_and_scored() {
+    let folder = tempfile::tempdir().unwrap();
+    nnunet(&folder.path().join("Dataset900_Two"));
+    let import = ["data", "import", "--from", "nnunet", "--in", "Dataset900_Two", "--out", "data"];
+    succeed(&cpcr(folder.path(), &import));
+    succeed(&cpcr(folder.path(), &["data", "verify", "data"]));
+    let info = json(&cpcr(folder.path(), &["data", "info", "--json", "data"]));
+    assert_eq!((info["format"].as_u64(), info["channels"].as_u64()), (Some(2), Some(2)));
+    assert_eq!(info["channel_names"], serde_json::json!(["T1", "T2"]));
+
+    let set = ["train.iterations=10", "data.labelled=3"];
+    let data = folder.path().join("data");
+    succeed(&launch(folder.path(), &data, "run", 1, &set).output().unwrap());
+    let model = std::fs::read(checkpoint_file(&folder.path().join("run"), 10, "model.safetensors"));
+    let model = model.unwrap();
+    let model = safetensors::SafeTensors::deserialize(&model).unwrap();
+    let first = model.tensor("encoder.in_conv.conv_conv.0.weight").unwrap();
+    assert_eq!(first.shape()[1..], [2, 3, 3]);
+
+    let scores = json(&cpcr(folder.path(), &["eval", "--run", "run", "--split", "val", "--json"]));
+    // What ten steps have learnt is no matter: that both classes of both cases are scored is.
+    assert_eq!(scores["step"].as_u64(), Some(10));
+    assert_eq!(scores["summary"]["classes"].as_array().unwrap().len(), 2);
+    let cases = scores["summary"]["cases"].as_array().unwrap();
+    let names: Vec<&str> = cases.iter().filter_map(|case| case["case"].as_str()).collect();
+    assert_eq!(names, ["c6_a", "c7_a"]);
+}
+
+/// The way from the challenge's archive to a dataset, on the command line.
+#[test]
+fn an_acdc_tree_is_imported_and_mistakes_are_told_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    for patient in 1..=4 {
+        let name = format!("patient00{patient}");
+        let base = folder.path().join("ACDC/training").join(&name);
+        let (left, right) = anatomy(patient);
+        let label: Vec<u8> = left.iter().zip(&right).map(|(l, r)| (l + 3.0 * r) as u8).collect();
+        for frame in ["frame01", "frame02"] {
+            put(&base.join(format!("{name}_{frame}.nii.gz")), 1, Voxels::Floats(&left));
+            put(&base.join(format!("{name}_{frame}_gt.nii.gz")), 1, Voxels::Labels(&label));
+        }
+        put(&base.join(format!("{name}_4d.nii.gz")), 3, Voxels::Floats(&left.repeat(3)));
+        std::fs::write(base.join("Info.cfg"), "ED: 1\nES: 2\nGroup: NOR\nNbFrame: 3\n").unwrap();
+    }
+    let import = ["data", "import", "--from", "acdc", "--in", "ACDC", "--all-frames", "--out"];
+    succeed(&cpcr(folder.path(), &[&import[..], &["data"]].concat()));
+    let info = json(&cpcr(folder.path(), &["data", "info", "--json", "data"]));
+    assert_eq!((info["format"].as_u64(), info["channels"].as_u64()), (Some(1), Some(1)));
+    let train = &info["splits"]["train"];
+    assert_eq!((train["volumes"].as_u64(), train["labelled_volumes"].as_u64()), (Some(6), Some(4)));
+
+    std::fs::remove_file(folder.path().join("ACDC/training/patient003/Info.cfg")).unwrap();
+    let output = cpcr(folder.path(), &[&import[..], &["again"]].concat());
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("patient003/Info.cfg") && told.trim_end().lines().count() == 1, "{told}");
+    assert!(!folder.path().join("again/manifest.json").exists());
+}

@@ -206,8 +206,8 @@ fn main() -> ExitCode {
     match arguments.command {
         Command::Trainer { assignment } => train(&assignment, &telemetry),
         Command::Devices => {
-            println!("{}", cpcr::collective::usable_gpus());
-            ExitCode::SUCCESS
+            let count = format!("{}\n", cpcr::collective::usable_gpus());
+            cli::finish(cli::print(&count).map(|()| EXIT_DONE))
         }
         Command::Eval(eval) => cli::finish(score(eval)),
         Command::Predict(predict) => cli::finish(segment(predict)),
@@ -253,10 +253,10 @@ fn score(eval: Eval) -> Result<i32, Failure> {
             .map_err(|error| Failure::failed(format!("write {}: {error}", path.display())))?;
     }
     if eval.json {
-        println!("{json}");
+        cli::print(&format!("{json}\n"))?;
     } else {
-        println!("step {} of {}, {} split", found.step, options.run, eval.split);
-        print!("{}", report::text_table(&found.summary));
+        let what = format!("step {} of {}, {} split\n", found.step, options.run, eval.split);
+        cli::print(&(what + &report::text_table(&found.summary)))?;
     }
     Ok(EXIT_DONE)
 }
@@ -277,15 +277,15 @@ fn segment(predict: Predict) -> Result<i32, Failure> {
         slice_axis: predict.slice_axis,
     };
     let found = cpcr::trainer::predict(&options, |done, of, path, outcome| match outcome {
-        Ok(()) => eprintln!("{done} of {of} files: {}", path.display()),
-        Err(why) => eprintln!("{done} of {of} files: FAILED: {why}"),
+        Ok(()) => cli::tell(&format!("{done} of {of} files: {}", path.display())),
+        Err(why) => cli::tell(&format!("{done} of {of} files: FAILED: {why}")),
     })
     .map_err(failure)?;
     if predict.json {
         let json = serde_json::json!({
             "run": options.run, "step": found.step, "masks": found.masks, "failures": found.failures,
         });
-        println!("{json}");
+        cli::print(&format!("{json}\n"))?;
     }
     match found.failures.as_slice() {
         [] => Ok(EXIT_DONE),
@@ -306,9 +306,9 @@ fn write(export: Export) -> Result<i32, Failure> {
         let json = serde_json::json!({
             "run": options.run, "step": step, "file": options.out, "description": description,
         });
-        println!("{json}");
+        cli::print(&format!("{json}\n"))?;
     } else {
-        eprintln!("step {step} of {}: {}", options.run, options.out.display());
+        cli::tell(&format!("step {step} of {}: {}", options.run, options.out.display()));
     }
     Ok(EXIT_DONE)
 }
@@ -320,6 +320,6 @@ fn measure(bench: Bench) -> Result<i32, Failure> {
     let report = step::run(&options).map_err(Failure::failed)?;
     let text =
         if json { serde_json::to_string(&report) } else { serde_json::to_string_pretty(&report) };
-    println!("{}", text.map_err(Failure::failed)?);
+    cli::print(&format!("{}\n", text.map_err(Failure::failed)?))?;
     Ok(EXIT_DONE)
 }

@@ -235,8 +235,8 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
 }
 
 /// Tells the parent where this process listens.
-fn announce(address: SocketAddr) {
-    println!("{address}");
+fn announce(address: SocketAddr) -> Result<(), Failure> {
+    super::print(&format!("{address}\n"))
 }
 
 async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
@@ -253,7 +253,7 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
     let listener = tokio::net::TcpListener::bind(a.listen)
         .await
         .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
-    announce(listener.local_addr().map_err(Failure::failed)?);
+    announce(listener.local_addr().map_err(Failure::failed)?)?;
     let limits = Limits {
         nodes: a.nodes,
         backend: a.backend.chosen(),
@@ -292,7 +292,7 @@ async fn s3(a: S3Arguments) -> Result<i32, Failure> {
     let mut options = S3ServerOptions::on_loopback(a.dir, a.access_key, a.secret_key);
     options.listen = a.listen;
     let server = serve(options).await.map_err(Failure::failed)?;
-    announce(server.addr());
+    announce(server.addr())?;
     super::signals::interrupted().await;
     server.shutdown().await;
     Ok(EXIT_DONE)
@@ -351,7 +351,7 @@ async fn checkpoints(command: Checkpoints) -> Result<i32, Failure> {
 fn print(value: &impl Serialize, json: bool) -> Result<(), Failure> {
     let text =
         if json { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
-    println!("{}", text.map_err(Failure::failed)?);
+    super::print(&format!("{}\n", text.map_err(Failure::failed)?))?;
     Ok(())
 }
 
@@ -367,7 +367,7 @@ async fn diagnose(store: Option<&str>, json: bool) -> Result<i32, Failure> {
     if json {
         print(&report, true)?;
     } else {
-        println!("{}", report.text());
+        super::print(&format!("{}\n", report.text()))?;
     }
     Ok(if report.verdict() == doctor::Verdict::Fail { EXIT_FAILED } else { EXIT_DONE })
 }

@@ -10,7 +10,7 @@ use tokio::process::Child;
 
 use super::local::Family;
 use super::run::{self, BackendArgument, Resume, absolute};
-use super::{Failure, gpus, named, threads_each};
+use super::{Failure, gpus, named, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
@@ -102,7 +102,7 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     if status == EXIT_DONE
         && let Some(report) = &plan.report
     {
-        eprintln!("report: {}", report.display());
+        tell(&format!("report: {}", report.display()));
     }
     if let Some(s3) = &mut plan.s3
         && let Err(error) = s3.kill().await
@@ -344,9 +344,9 @@ fn finish(plan: &Plan, status: i32, shown: &View, progress: Progress) {
     progress.finish(&outcome, &shown.state);
     if status == EXIT_DONE && !shown.dice.is_empty() {
         let width = shown.dice.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-        eprintln!("validation   Dice");
+        tell("validation   Dice");
         for (name, dice) in &shown.dice {
-            eprintln!("  {name:<width$}  {dice:.4}", width = width.max(9));
+            tell(&format!("  {name:<width$}  {dice:.4}", width = width.max(9)));
         }
     }
 }

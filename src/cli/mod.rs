@@ -13,6 +13,7 @@ pub mod local;
 pub mod run;
 pub mod signals;
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use crate::proto::{EXIT_FAILED, EXIT_USAGE};
@@ -39,11 +40,30 @@ impl Failure {
     }
 }
 
+/// Prints results on stdout. A reader that has gone away (`| head`) is no failure: it had enough.
+///
+/// # Errors
+/// Any other failure to write, a full disk for one.
+pub fn print(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::failed(format!("write to stdout: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Says something on stderr; where nobody can hear it, that is that.
+pub fn tell(line: &str) {
+    let _unheard = writeln!(std::io::stderr().lock(), "{line}");
+}
+
 /// Prints a failure in one line, without a backtrace, and gives its exit status.
 #[must_use]
 pub fn finish(result: Result<i32, Failure>) -> std::process::ExitCode {
     let status = result.unwrap_or_else(|failure| {
-        eprintln!("error: {}", failure.message.replace('\n', " "));
+        tell(&format!("error: {}", failure.message.replace('\n', " ")));
         failure.status
     });
     std::process::ExitCode::from(u8::try_from(status).unwrap_or(1))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
-use super::{Failure, threads_each};
+use super::{Failure, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::synth::{self, SynthOptions};
 use crate::store::{Store, StoreError, StoreOptions};
@@ -106,7 +106,7 @@ pub async fn phantoms(data: Store) -> Result<(), Failure> {
     if data.exists("manifest.json").await.map_err(Failure::failed)? {
         return Ok(());
     }
-    eprintln!("making the dataset: synthetic cardiac phantoms");
+    tell("making the dataset: synthetic cardiac phantoms");
     let threads = threads_each(1) as usize;
     let made = synth::write(Arc::new(data), &SynthOptions::default(), threads).await;
     made.map(|_| ()).map_err(Failure::failed)

@@ -20,7 +20,7 @@ use self::render::{Budget, Comparison, SHARED_SPLIT};
 use self::scores::{Evaluation, RunFigures};
 use self::shell::{Ended, Interrupt};
 use super::run::{self, BackendArgument, absolute};
-use super::{Failure, signals};
+use super::{Failure, signals, tell};
 use crate::checkpoint;
 use crate::config::RunConfig;
 use crate::data::{Dataset, Split, report};
@@ -127,12 +127,12 @@ pub async fn compare(mut a: CompareArguments) -> Result<i32, Failure> {
     }
     refuse_strangers(&places, &runs).await?;
     if places.split == "val" && a.select == Selection::Best {
-        eprintln!("NOTE: {SHARED_SPLIT}");
+        tell(&format!("NOTE: {SHARED_SPLIT}"));
     }
 
     let mut interrupt: Interrupt = Box::pin(signals::interrupted());
     for (place, run) in runs.iter().enumerate() {
-        eprintln!("run {} of {}: {}, seed {}", place + 1, runs.len(), run.method, run.seed);
+        tell(&format!("run {} of {}: {}, seed {}", place + 1, runs.len(), run.method, run.seed));
         if train(&a, &places, run, &mut interrupt).await? == Ended::Interrupted {
             return Ok(interrupted(&places));
         }
@@ -140,7 +140,7 @@ pub async fn compare(mut a: CompareArguments) -> Result<i32, Failure> {
     let mut figures = Vec::new();
     let mut evaluations = Vec::new();
     for run in &runs {
-        eprintln!("evaluating {}", run.name);
+        tell(&format!("evaluating {}", run.name));
         let url = places.url(run);
         match shell::evaluate(&run.name, &url, &places.split, &a.spacing, a.select, &mut interrupt)
             .await?
@@ -169,7 +169,7 @@ fn request(a: &CompareArguments) -> Request {
 }
 
 fn interrupted(places: &Places) -> i32 {
-    eprintln!("interrupted: the same command goes on with {}", places.out);
+    tell(&format!("interrupted: the same command goes on with {}", places.out));
     EXIT_RESUMABLE
 }
 
@@ -353,8 +353,8 @@ async fn publish(places: &Places, comparison: &Comparison, json: bool) -> Result
     for (name, text) in files {
         places.store.put(name, text.into_bytes().into()).await.map_err(Failure::failed)?;
     }
-    print!("{}", if json { text } else { page });
+    super::print(if json { &text } else { &page })?;
     let local = places.out.strip_prefix("file://").unwrap_or(&places.out);
-    eprintln!("comparison: {}", PathBuf::from(local).join("compare.md").display());
+    tell(&format!("comparison: {}", PathBuf::from(local).join("compare.md").display()));
     Ok(())
 }

@@ -13,7 +13,7 @@ use tokio::process::{Child, Command};
 use super::plan::{PlannedRun, Selection};
 use super::scores::Evaluation;
 use crate::cli::run::BackendArgument;
-use crate::cli::{Failure, named, sibling};
+use crate::cli::{Failure, named, sibling, tell};
 use crate::proto::{EXIT_DONE, EXIT_RESUMABLE};
 use crate::worker::PARENT_VARIABLE;
 
@@ -68,7 +68,7 @@ pub async fn train(
     let (status, stopped) = tokio::select! {
         status = child.wait() => (status, false),
         signal = &mut *interrupt => {
-            eprintln!("{signal}: stopping {}", run.name);
+            tell(&format!("{signal}: stopping {}", run.name));
             ask_to_stop(&child);
             (child.wait().await, true)
         }

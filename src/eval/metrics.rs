@@ -73,8 +73,8 @@ pub struct ClassScores {
     pub hd95: Option<f64>,
     /// Mean distance from the prediction's surface to the truth's, in the spacing's unit.
     pub asd: Option<f64>,
-    /// Mean of the ASDs in both directions, in the spacing's unit. MedPy 0.5's `assd` is the mean
-    /// over both directions' distances together, which is another number. Absent in what older
+    /// Mean over the distances of both directions together, in the spacing's unit: the literature's
+    /// and MedPy 0.5's (MedPy 0.4 took the mean of both directions' means). Absent in what older
     /// versions wrote.
     #[serde(default)]
     pub assd: Option<f64>,
@@ -203,9 +203,10 @@ impl SurfaceDistances {
         mean(&self.to_truth)
     }
 
-    /// The mean of both means, not the mean over both surfaces' voxels.
+    /// The mean over both surfaces' voxels, not the mean of both means.
     fn assd(&self) -> f64 {
-        f64::midpoint(mean(&self.to_truth), mean(&self.to_prediction))
+        let sum = self.to_truth.iter().chain(&self.to_prediction).sum::<f64>();
+        sum / (self.to_truth.len() + self.to_prediction.len()) as f64
     }
 
     fn hd95(&self) -> f64 {
@@ -419,6 +420,17 @@ mod tests {
             score(&none, &some, EmptyPolicy::Refuse),
             Err(MetricError::Empty(Emptiness::Prediction))
         );
+    }
+
+    /// One voxel against a row of four: distances 0 one way, 0, 1, 2 and 3 the other.
+    #[test]
+    fn the_symmetric_distance_is_over_both_surfaces_together() {
+        let (one, row) = ([true, false, false, false, false], [true, true, true, true, false]);
+        let score =
+            |p, t| score_masks(p, t, [1, 1, 5], [1.0, 1.0, 2.0], EmptyPolicy::Zero).unwrap();
+        let (there, back) = (score(&one, &row), score(&row, &one));
+        assert_eq!((there.asd, back.asd), (Some(0.0), Some(3.0)));
+        assert_eq!((there.assd, back.assd), (Some(2.0 * 6.0 / 5.0), Some(2.0 * 6.0 / 5.0)));
     }
 
     #[test]

@@ -229,16 +229,14 @@ impl Patient {
     /// ED and ES. Either both have a label, or none has.
     fn frames(&self) -> Result<[Case; 2], DataError> {
         let [ed, es] = self.info.labelled.map(|frame| format!("{}_frame{frame:02}", self.name));
+        let images = [self.file(&ed)?, self.file(&es)?];
         let label = |frame: &str| self.file(&format!("{frame}_gt"));
         let labels = match [label(&ed), label(&es)] {
             [Err(_), Err(_)] => [None, None],
             [ed, es] => [Some(ed?), Some(es?)],
         };
-        let [ed_label, es_label] = labels;
-        Ok([
-            self.case(ed.clone(), self.file(&ed)?, ed_label),
-            self.case(es.clone(), self.file(&es)?, es_label),
-        ])
+        let ([ed_image, es_image], [ed_label, es_label]) = (images, labels);
+        Ok([self.case(ed, ed_image, ed_label), self.case(es, es_image, es_label)])
     }
 
     /// The frames that are neither ED nor ES.

@@ -358,3 +358,22 @@ fn pytorch_computes_what_we_do() {
     let output = command.args(["-c", COMPARE]).arg(folder.path()).args(names).output().unwrap();
     assert!(output.status.success(), "{}", text(&output.stderr));
 }
+
+/// `cpcr … | head` ends early; the command has nothing to complain of then.
+#[test]
+fn a_reader_that_is_gone_is_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = support::dataset(folder.path());
+    for arguments in [vec!["data", "info", "--json"], vec!["data", "info"], vec!["doctor"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(CPCR);
+        command.args(&arguments).stdout(writer);
+        if arguments[0] == "data" {
+            command.arg(&data);
+        }
+        let out = command.output().unwrap();
+        assert_ne!(out.status.code(), Some(101), "{arguments:?}: {}", text(&out.stderr));
+        assert!(!text(&out.stderr).contains("panicked"), "{}", text(&out.stderr));
+    }
+}

@@ -182,9 +182,23 @@ fn options_change_what_they_say(folder: &Path) {
         seen.push(sure);
         assert!(dice(&mask(&folder.join("out/p1.nii.gz")).1, &truth) > 0.7, "{options}");
     }
-    succeed(&cpcr(folder, "predict --run run --in one --out out --largest-component"));
-    let largest = mask(&folder.join("out/p1.nii.gz")).1;
-    assert!(largest.iter().zip(&plain).all(|(a, b)| a == b || *a == 0));
+    // A second, smaller bright thing far from the brick: found, and left out as asked for.
+    let [columns, slices, _] = SHAPE;
+    let apart = |at: usize| (27..34).contains(&(at % columns)) && at / columns / slices >= 20;
+    let (mut image, _) = phantom(1);
+    let lit = image.iter_mut().enumerate().filter(|(at, _)| apart(*at));
+    lit.for_each(|(_, value)| *value += 600.0);
+    nifti(folder, "two/p1.nii.gz", 1, Voxels::Floats(&image));
+    let voxels = |options: &str| {
+        succeed(&cpcr(folder, &format!("predict --run run --in two --out out {options}")));
+        let labels = mask(&folder.join("out/p1.nii.gz")).1;
+        let found = (0..labels.len()).filter(|at| labels[*at] == 1);
+        let (second, brick): (Vec<usize>, Vec<usize>) = found.partition(|at| apart(*at));
+        (second.len(), brick.len())
+    };
+    let (second, brick) = voxels("");
+    assert!(0 < second && second < brick, "{second} and {brick}");
+    assert_eq!(voxels("--largest-component"), (0, brick));
     // Cut the other way, the same image is other slices.
     succeed(&cpcr(folder, "predict --run run --in one --out out --slice-axis auto"));
     assert_ne!(mask(&folder.join("out/p1.nii.gz")).1, plain);

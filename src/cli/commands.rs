@@ -302,6 +302,7 @@ async fn dataset(command: Data) -> Result<i32, Failure> {
     match command {
         Data::Synth { out, seed, patients } => {
             let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
+            import::refuse_dataset(&store).await?;
             let mut options = synth::SynthOptions { seed, ..Default::default() };
             if let Some(patients) = patients {
                 options.train_patients = patients;

@@ -120,6 +120,7 @@ pub async fn import(arguments: ImportArguments) -> Result<i32, Failure> {
     let threads = threads_each(1) as usize;
     arguments.check()?;
     let ImportArguments { from, input, out, lists, volumes, split } = arguments;
+    refuse_dataset(&*open(&out)?).await?;
     match from {
         Form::AcdcH5 => {
             let source = AcdcSource { files: input, lists };
@@ -140,6 +141,21 @@ pub async fn import(arguments: ImportArguments) -> Result<i32, Failure> {
     }
     .map_err(Failure::failed)?;
     Ok(EXIT_DONE)
+}
+
+/// Refuses to write where a dataset is: a write that fails half-way would leave neither the old one nor a
+/// new one.
+///
+/// # Errors
+/// [`Failure`] with status 2 where there is one.
+pub(super) async fn refuse_dataset(store: &Store) -> Result<(), Failure> {
+    if store.exists("manifest.json").await.map_err(Failure::failed)? {
+        return Err(Failure::usage(format!(
+            "{} holds a dataset already: give another --out, or remove that one first",
+            store.url()
+        )));
+    }
+    Ok(())
 }
 
 fn open(url: &str) -> Result<Arc<Store>, Failure> {

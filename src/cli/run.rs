@@ -125,13 +125,13 @@ pub async fn prepare(
     options: &StoreOptions,
 ) -> Result<RunConfig, Failure> {
     scale(&mut config, nodes);
-    let batch = &config.batch;
-    let global = batch.labelled.saturating_add(batch.unlabelled);
+    let global = config.batch.labelled.saturating_add(config.unlabelled_batch());
     if nodes > global {
         return Err(Failure::usage(format!(
             "--nodes {nodes}: more workers than the {global} samples of a batch"
         )));
     }
+    config.check_shares(nodes).map_err(Failure::usage)?;
     let Some(data) = &config.data.url else {
         return Err(Failure::usage(
             "no dataset: give --data URL (make one with `cpcr data import` or `cpcr data synth`)",

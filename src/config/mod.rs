@@ -109,11 +109,12 @@ impl RunConfig {
         {
             return fail("name", self.name.clone(), "letters, digits, '-', '_' and '.' only");
         }
-        if self.patch_size == 0 || !self.patch_size.is_multiple_of(16) {
+        // 16 would leave one pixel at the deepest level, whose variance over one image is no number.
+        if self.patch_size < 32 || !self.patch_size.is_multiple_of(16) {
             return fail(
                 "patch_size",
                 self.patch_size.to_string(),
-                "a positive multiple of 16 (four halvings)",
+                "a multiple of 16 (four halvings), at least 32",
             );
         }
         if self.model.widths.contains(&0) {
@@ -167,6 +168,37 @@ impl RunConfig {
                 "0".to_owned(),
                 "at least 1, or nothing could be resumed",
             );
+        }
+        Ok(())
+    }
+
+    /// Unlabelled samples in a global batch: none where the method does not look at them.
+    #[must_use]
+    pub fn unlabelled_batch(&self) -> u32 {
+        if self.method.uses_unlabelled() { self.batch.unlabelled } else { 0 }
+    }
+
+    /// Checks that each of `workers` has what the method needs in every step.
+    ///
+    /// # Errors
+    /// [`ConfigError::OutOfRange`] for the batch size that is too small.
+    pub fn check_shares(&self, workers: u32) -> Result<(), ConfigError> {
+        let (labelled, unlabelled) = self.method.smallest_share();
+        let parts = [
+            ("batch.labelled", self.batch.labelled, labelled),
+            ("batch.unlabelled", self.unlabelled_batch(), unlabelled),
+        ];
+        for (key, has, needs) in parts {
+            if has / workers.max(1) < needs {
+                return Err(ConfigError::OutOfRange {
+                    key,
+                    value: has.to_string(),
+                    reason: format!(
+                        "this method needs {needs} of them on each of {workers} workers: raise it, \
+                         or use fewer workers"
+                    ),
+                });
+            }
         }
         Ok(())
     }
@@ -239,6 +271,24 @@ mod tests {
         assert_eq!((config.batch.labelled, config.batch.unlabelled), (12, 12));
         assert_eq!(config.train.iterations, 50_000);
         assert_eq!(config.train.seed, 1337);
+    }
+
+    #[test]
+    fn a_method_has_what_it_needs_on_every_worker() {
+        let config = |method, labelled, unlabelled| RunConfig {
+            method,
+            batch: Batch { labelled, unlabelled, ..Batch::default() },
+            ..RunConfig::default()
+        };
+        config(Method::Cpcr, 1, 0).check_shares(9).unwrap();
+        config(Method::MeanTeacher, 1, 4).check_shares(4).unwrap();
+        let told = |method, labelled, unlabelled, workers| {
+            config(method, labelled, unlabelled).check_shares(workers).unwrap_err().to_string()
+        };
+        assert!(told(Method::MeanTeacher, 9, 4, 5).contains("batch.unlabelled = 4"));
+        assert!(told(Method::Bcp, 3, 9, 4).contains("batch.labelled = 3"));
+        assert!(told(Method::Supervised, 3, 9, 4).contains("batch.labelled = 3"));
+        assert_eq!(config(Method::Supervised, 3, 9).unlabelled_batch(), 0);
     }
 
     #[test]

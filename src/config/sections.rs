@@ -39,6 +39,24 @@ impl Method {
         Self::Cps,
         Self::Bcp,
     ];
+
+    /// Whether it looks at unlabelled samples at all.
+    #[must_use]
+    pub fn uses_unlabelled(self) -> bool {
+        self != Self::Supervised
+    }
+
+    /// How many labelled and unlabelled samples every worker must have in each step: a network's pass
+    /// over no samples is none, and workers that sum their statistics would wait for it.
+    #[must_use]
+    pub fn smallest_share(self) -> (u32, u32) {
+        match self {
+            Self::Supervised => (1, 0),
+            Self::MeanTeacher => (0, 1),
+            Self::Bcp => (1, 1),
+            Self::Cpcr | Self::CpcrFocal | Self::Urpc | Self::Mcnet | Self::Cps => (0, 0),
+        }
+    }
 }
 
 /// How the learning rate goes over a run.

@@ -293,8 +293,8 @@ impl Manifest {
         if self.block_rows == 0 || self.block_rows > MAX_BLOCK_ROWS {
             return Err(format!("block_rows is {}, not 1..={MAX_BLOCK_ROWS}", self.block_rows));
         }
-        if self.classes.len() < 2 || self.classes.len() > 256 {
-            return Err(format!("{} classes, not 2..=256", self.classes.len()));
+        if self.classes.len() < 2 || self.classes.len() > 255 {
+            return Err(format!("{} classes, not 2..=255", self.classes.len()));
         }
         if self.channels.len() > CHANNELS_MAX {
             return Err(format!("{} channels, not 1..={CHANNELS_MAX}", self.channels.len()));

@@ -171,10 +171,6 @@ impl Method for Bcp {
         &["dice", "ce", "total"]
     }
 
-    fn smallest_share(&self) -> (u32, u32) {
-        (1, 1)
-    }
-
     fn consistency_weight(&self, done: u64) -> f64 {
         if self.learns_from_teacher(done) { PATCH_WEIGHT } else { 0.0 }
     }
@@ -292,11 +288,19 @@ mod tests {
         // First pass: the teacher's outside, the label inside; second the other way round.
         assert_eq!(passes.targets[2], case.labels.narrow(0, 0, 1).to_kind(Kind::Int64));
         assert_eq!(passes.targets[3], case.labels.narrow(0, 1, 1).to_kind(Kind::Int64));
-        let (a, b) = (case.images.narrow(0, 0, 1), case.images.narrow(0, 2, 1));
-        let mask = &passes.targets[0];
-        let both = mix((&b, &passes.targets[1]), (&a, &passes.targets[2]), mask).unwrap();
-        let expected = &b * mask + &a * (1.0 - mask);
-        assert_eq!(both.images, expected);
+        // Samples 0 and 1 are labelled, 2 and 3 are not; what stands outside comes first.
+        let (mask, image) = (&passes.targets[0], |i: i64| case.images.narrow(0, i, 1));
+        let shown =
+            |outside: i64, inside: i64| image(outside) * mask + image(inside) * (1.0 - mask);
+        let mixed = |done| tch::no_grad(|| BCP.mixed(&nets, &case.step(done), mask)).unwrap();
+        let self_training = mixed(10);
+        assert_eq!(self_training[0].images, shown(2, 0));
+        assert_eq!(self_training[1].images, shown(1, 3));
+        assert_eq!(mixed(0)[0].images, shown(0, 1));
+        // The teacher's word for sample 2, cleaned.
+        let said = Bcp::pseudo_labels(&nets, &case.step(10), &image(2), 0).unwrap();
+        assert_eq!(passes.targets[1], said);
+        assert!(said.max().int64_value(&[]) <= 1 && said.size() == [1, 48, 48]);
         // A rank with three and one: everything is used, the short one again.
         assert_eq!(
             cycled(&Tensor::from_slice(&[5i64, 6]), 3).unwrap(),

@@ -2,7 +2,8 @@
 //!
 //! Two U-Nets drawn from different seeds. Each: (Dice + CE) / 2 on the labelled samples, plus lambda(t) times the
 //! cross-entropy against the other's arg-max on the unlabelled ones. The first is the one that is evaluated.
-//! The benchmark draws its two networks' weights by Kaiming's and by Xavier's rule; here both are PyTorch's default.
+//! The benchmark draws its two networks' weights by Kaiming's and by Xavier's rule; here both are PyTorch's
+//! default. Its learning rate falls one step earlier than `train.schedule = "poly"`, which is URPC's and mean teacher's.
 
 use tch::Tensor;
 

@@ -101,10 +101,6 @@ impl Method for MeanTeacher {
         &["dice", "ce", "consistency", "total"]
     }
 
-    fn smallest_share(&self) -> (u32, u32) {
-        (0, 1)
-    }
-
     fn consistency_weight(&self, done: u64) -> f64 {
         self.consistency.at(done)
     }

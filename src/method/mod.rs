@@ -55,7 +55,7 @@ pub enum MethodError {
 
 /// What a method gets for one step on one rank.
 pub struct StepInput<'a> {
-    /// `[N, in, H, W]`, labelled samples first; both parts may be empty, see [`Method::smallest_share`].
+    /// `[N, in, H, W]`, labelled samples first. Either part may be empty, where the method can do with that.
     pub images: &'a Tensor,
     /// uint8 `[N_l, H, W]`.
     pub labels: &'a Tensor,
@@ -123,17 +123,6 @@ pub trait Method: Debug + Send {
 
     /// The names of its loss terms, `total` last.
     fn terms(&self) -> &'static [&'static str];
-
-    /// Whether it looks at unlabelled samples at all.
-    fn wants_unlabelled(&self) -> bool {
-        true
-    }
-
-    /// How many labelled and unlabelled samples every rank must have in each step: a network's pass over
-    /// no samples is none, and ranks that sum their statistics would wait for it.
-    fn smallest_share(&self) -> (u32, u32) {
-        (0, 0)
-    }
 
     /// Which heads get a gradient after `done` iterations.
     fn heads(&self, _done: u64) -> Heads {

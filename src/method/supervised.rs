@@ -27,14 +27,6 @@ impl Method for Supervised {
         &TERMS
     }
 
-    fn wants_unlabelled(&self) -> bool {
-        false
-    }
-
-    fn smallest_share(&self) -> (u32, u32) {
-        (1, 0)
-    }
-
     fn consistency_weight(&self, _done: u64) -> f64 {
         0.0
     }

@@ -82,6 +82,12 @@ pub enum TrainerError {
     },
 }
 
+/// Whether a network's error may come from a peer that was lost in a collective; what it says of a
+/// state or an input is as true the next time.
+fn is_lost_peer(error: &ModelError) -> bool {
+    matches!(error, ModelError::Torch(_) | ModelError::Op(_))
+}
+
 impl TrainerError {
     /// Whether a new generation may do better. What is wrong with the data, the configuration or
     /// the method would be met again.
@@ -96,7 +102,10 @@ impl TrainerError {
             }
             // The bridge's and libtorch's own errors are also how a lost peer shows in a backward pass.
             Self::Collective(error) => !matches!(error, CollectiveError::Unsupported(_)),
-            Self::Op(_) | Self::Torch(_) | Self::Method(_) | Self::Model(_) => true,
+            Self::Model(error) => is_lost_peer(error),
+            Self::Method(MethodError::Model(error)) => is_lost_peer(error),
+            Self::Method(MethodError::Networks(_)) => false,
+            Self::Op(_) | Self::Torch(_) | Self::Method(_) => true,
             Self::Checkpoint(CheckpointError::WriterStopped) | Self::System(_) => true,
             Self::Checkpoint(_)
             | Self::Config(_)

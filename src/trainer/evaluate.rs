@@ -61,8 +61,7 @@ pub struct Evaluated {
 pub fn evaluate(options: &EvaluateOptions) -> Result<Evaluated, TrainerError> {
     let (config, checkpoint) = open_run(&options.run, options.pick)?;
     let data = options.data.clone().or_else(|| config.data.url.clone()).unwrap_or_default();
-    let store = Store::open(&data, &StoreOptions::default().existing())?;
-    let dataset = Dataset::open(Arc::new(store))?;
+    let dataset = open_dataset(options.data.as_ref(), &config, &checkpoint)?;
     let net = trained(&config, &checkpoint, &dataset)?;
     let patch = config.patch_size as usize;
     let settings = EvalSettings {
@@ -94,22 +93,35 @@ pub(super) fn open_run(url: &str, wanted: Pick) -> Result<(RunConfig, Checkpoint
     Ok((config, checkpoint))
 }
 
-/// The dataset that a run was trained on, or the one named instead: for its classes and for how its
-/// images were prepared.
+/// The dataset that a checkpoint was trained on, or the one named instead: for its classes and for how
+/// its images were prepared. Another one than the checkpoint's must be named; it is told of then.
 pub(super) fn open_dataset(
     named: Option<&String>,
     config: &RunConfig,
+    checkpoint: &Checkpoint,
 ) -> Result<Dataset, TrainerError> {
     let url = named.or(config.data.url.as_ref()).cloned().unwrap_or_default();
     let opened = Store::open(&url, &StoreOptions::default().existing())
         .map_err(TrainerError::from)
         .and_then(|store| Ok(Dataset::open(Arc::new(store))?));
-    opened.map_err(|error| {
+    let dataset = opened.map_err(|error| {
         TrainerError::Report(format!(
             "the dataset {url} names the classes and how images are prepared: {error}; say where \
              it is with --data URL"
         ))
-    })
+    })?;
+    let step = checkpoint.manifest.step;
+    if dataset.digest().sha256 == checkpoint.manifest.dataset_sha256 {
+        return Ok(dataset);
+    }
+    if named.is_none() {
+        return Err(TrainerError::Unusable(format!(
+            "{url} is not the dataset that checkpoint {step} was trained on any more: its patients, \
+             splits or preparation may be others; give --data {url} to use it all the same"
+        )));
+    }
+    tracing::warn!(%url, "checkpoint {step} was trained on another dataset");
+    Ok(dataset)
 }
 
 async fn pick(run: &Store, pick: Pick) -> Result<Checkpoint, TrainerError> {

@@ -49,7 +49,7 @@ pub struct ExportOptions {
 /// [`TrainerError`]: no such checkpoint or dataset, or no place to write.
 pub fn export(options: &ExportOptions) -> Result<(Step, PathBuf), TrainerError> {
     let (config, checkpoint) = open_run(&options.run, options.pick)?;
-    let dataset = open_dataset(options.data.as_ref(), &config)?;
+    let dataset = open_dataset(options.data.as_ref(), &config, &checkpoint)?;
     let net = trained(&config, &checkpoint, &dataset)?;
     let bytes = match options.format {
         ExportFormat::Safetensors => {

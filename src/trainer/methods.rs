@@ -68,11 +68,6 @@ pub(super) fn network(config: &RunConfig, classes: i64, channels: i64) -> Networ
     method(config, 0).network(sizes)
 }
 
-/// Unlabelled samples in a global batch: none where the method does not look at them.
-pub(super) fn unlabelled(config: &RunConfig) -> u32 {
-    if method(config, 0).wants_unlabelled() { config.batch.unlabelled } else { 0 }
-}
-
 /// The learning rate of the step that follows `done` steps.
 pub(super) fn learning_rate(config: &RunConfig, done: Step) -> f64 {
     let train = &config.train;
@@ -86,13 +81,10 @@ pub(super) fn learning_rate(config: &RunConfig, done: Step) -> f64 {
     }
 }
 
-/// Refuses a rank whose share of a batch is smaller than the method can work with.
-pub(super) fn check_share(
-    method: &dyn Method,
-    config: &RunConfig,
-    share: &Share,
-) -> Result<(), config::ConfigError> {
-    let (labelled, unlabelled) = method.smallest_share();
+/// Refuses a rank whose share of a batch is smaller than the method can work with: that of a pool without
+/// unlabelled samples, which a configuration alone does not show.
+pub(super) fn check_share(config: &RunConfig, share: &Share) -> Result<(), config::ConfigError> {
+    let (labelled, unlabelled) = config.method.smallest_share();
     let parts = [
         ("batch.labelled", share.labelled.len(), labelled, config.batch.labelled),
         ("batch.unlabelled", share.unlabelled.len(), unlabelled, config.batch.unlabelled),
@@ -103,7 +95,8 @@ pub(super) fn check_share(
                 key,
                 value: value.to_string(),
                 reason: format!(
-                    "this method needs {needs} of them on every worker: raise it, give data, or use fewer workers"
+                    "this method needs {needs} of them on every worker, and a worker has {has}: is \
+                     there anything unlabelled in the dataset?"
                 ),
             });
         }
@@ -144,9 +137,8 @@ mod tests {
     fn a_share_that_is_too_small_is_refused_by_key() {
         let share = Share { labelled: 0..1, unlabelled: 4..4 };
         let config = RunConfig { method: Name::MeanTeacher, ..RunConfig::default() };
-        let error = check_share(method(&config, 1).as_ref(), &config, &share).unwrap_err();
+        let error = check_share(&config, &share).unwrap_err();
         assert!(error.to_string().contains("batch.unlabelled"), "{error}");
-        let config = RunConfig::default();
-        check_share(method(&config, 1).as_ref(), &config, &share).unwrap();
+        check_share(&RunConfig::default(), &share).unwrap();
     }
 }

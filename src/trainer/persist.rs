@@ -7,11 +7,11 @@ use serde_json::json;
 
 use super::TrainerError;
 use super::setup::Trainer;
-use super::{methods, validate};
+use super::validate;
 use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
 use crate::eval::report::{self, Record, ReportInputs, RunHistory};
 use crate::model::{Ensemble, HostTensor, ModelError, main_state};
-use crate::store::{Store, StoreOptions};
+use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::Step;
 
 /// Hands a copy of the state to the writer; the upload runs beside training. Rank 0 only: every
@@ -33,7 +33,7 @@ pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
         threads: t.threads,
         position: Position {
             labelled: t.step.0 * u64::from(batch.labelled),
-            unlabelled: t.step.0 * u64::from(methods::unlabelled(&t.config)),
+            unlabelled: t.step.0 * u64::from(t.config.unlabelled_batch()),
         },
         model: named(t.nets.to_host()?)?,
         optimizer: named(t.nets.momentum_to_host()?)?,
@@ -66,10 +66,15 @@ pub fn given_weights(
         .rsplit_once('/')
         .filter(|(folder, file)| !folder.is_empty() && file.ends_with(".safetensors"))
         .ok_or_else(|| wrong("URL/FILE.safetensors is wanted".to_owned()))?;
-    let store = Store::open(folder, &StoreOptions::default().existing())?;
-    let bytes = runtime.block_on(store.get(file))?;
+    let unread = |error: StoreError| match error {
+        // It may come back.
+        StoreError::Unreachable { .. } | StoreError::Other { .. } => TrainerError::Store(error),
+        error => wrong(error.to_string()),
+    };
+    let store = Store::open(folder, &StoreOptions::default().existing()).map_err(unread)?;
+    let bytes = runtime.block_on(store.get(file)).map_err(unread)?;
     let tensors = checkpoint::decode_tensors(&bytes).map_err(|e| wrong(e.to_string()))?;
-    Ok(main_state(unnamed(&tensors)?))
+    Ok(main_state(unnamed(&tensors).map_err(|e| wrong(e.to_string()))?))
 }
 
 /// Rank 0 writes the report into the run.

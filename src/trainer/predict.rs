@@ -4,6 +4,7 @@
 //! as they do in `eval`; both by the same code. Masks lie exactly where their images do. Not here:
 //! NIfTI itself (`data::nifti`), scores (there is no truth to compare with).
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use tch::{Kind, Tensor};
@@ -77,7 +78,7 @@ pub fn predict(
     let names = image_names(&options.input)?;
     prepare_folders(options, &names)?;
     let (config, checkpoint) = open_run(&options.run, options.pick)?;
-    let dataset = open_dataset(options.data.as_ref(), &config)?;
+    let dataset = open_dataset(options.data.as_ref(), &config, &checkpoint)?;
     let net = trained(&config, &checkpoint, &dataset)?;
     if net.config().in_channels != 1 {
         let why = "images of one channel are predicted, and this run was trained on more";
@@ -88,6 +89,7 @@ pub fn predict(
     let patch = config.patch_size as usize;
     let mut work = Work {
         options,
+        written: BTreeSet::new(),
         preprocessing,
         model: Model { net: &net, both_decoders: options.both_decoders, flips: options.flips },
         settings: EvalSettings {
@@ -178,6 +180,8 @@ fn probability_name(stem: &str) -> String {
 /// What is the same for every image.
 struct Work<'a> {
     options: &'a PredictOptions,
+    /// Names of the results so far.
+    written: BTreeSet<String>,
     preprocessing: Preprocessing,
     model: Model<'a>,
     settings: EvalSettings,
@@ -255,14 +259,18 @@ impl Work<'_> {
         Ok(labels)
     }
 
+    /// Writes a result; two of one name would hide one of them.
     fn write(
-        &self,
+        &mut self,
         image: &Nifti,
         name: &str,
         extent: Extent,
         voxels: Voxels<'_>,
     ) -> Result<(), String> {
         let path = self.options.out.join(name);
+        if !self.written.insert(name.to_owned()) {
+            return Err(format!("{} is another image's result: rename one", path.display()));
+        }
         let bytes = encode_like(&image.header, extent, voxels, name.ends_with(".gz"));
         let bytes = bytes.map_err(|error| error.to_string())?;
         files::put(&path, &bytes).map_err(|error| format!("write {}: {error}", path.display()))

@@ -101,7 +101,7 @@ impl Trainer {
         let total = Step(config.train.iterations);
         let loader = Loader::start(dataset.clone(), loader_plan(&config, assignment, step, total))?;
         let method = methods::method(&config, loader.deal().labelled_epoch_steps());
-        check_share(method.as_ref(), &config, loader.share())?;
+        check_share(&config, loader.share())?;
         let writer = match assignment.rank {
             Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
             _ => None,
@@ -194,7 +194,7 @@ fn loader_plan(config: &RunConfig, a: &Assignment, start: Step, end: Step) -> Lo
         start,
         end,
         batch_labelled: config.batch.labelled,
-        batch_unlabelled: methods::unlabelled(config),
+        batch_unlabelled: config.unlabelled_batch(),
         labelled_patients: config.data.labelled,
         patch: (patch, patch),
         prefetch: config.loader.prefetch as usize,

@@ -218,7 +218,10 @@ async fn places(
 async fn refuse_strangers(places: &Places, runs: &[PlannedRun]) -> Result<(), Failure> {
     for run in runs {
         let Some(earlier) = run::read(&places.store(run)).await? else { continue };
-        let differences = run.config.differences(&earlier);
+        // Also what a resumed run may change: one budget is what the table claims.
+        let mut differences = run.config.differences(&earlier);
+        differences.extend(plan::unequal(&earlier, &run.config));
+        differences.dedup();
         if !differences.is_empty() {
             return Err(Failure::usage(format!(
                 "{} holds a run with other settings: {}; use another --out",

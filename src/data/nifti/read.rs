@@ -78,13 +78,13 @@ fn decode<const N: usize, T>(bytes: &[u8], big: bool, value: impl Fn([u8; N]) ->
 /// [`DataError::Import`], with the file's name: it is not there, no NIfTI-1, damaged or too large.
 pub fn read_file(path: &Path) -> Result<Nifti, DataError> {
     let attempt = || {
-        let file = File::open(path)?;
-        let metadata = file.metadata()?;
-        // A pipe or a device has no length to compare a header's claim with.
-        if !metadata.is_file() {
+        // A pipe or a device has no length to compare a header's claim with, and opening one may wait for ever.
+        if !std::fs::metadata(path)?.is_file() {
             return Err(NiftiError::NotNifti("it is not a regular file"));
         }
-        read(file, metadata.len())
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        read(file, length)
     };
     attempt().map_err(|error| DataError::Import { path: path.to_owned(), why: error.to_string() })
 }

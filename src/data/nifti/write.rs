@@ -111,7 +111,16 @@ fn header_like(like: &Header, extent: Extent, kind: Kind) -> Result<Vec<u8>, Nif
         let channels = i16::try_from(channels).map_err(|_| {
             NiftiError::Unwritable(format!("{channels} values for each voxel are too many"))
         })?;
-        for (at, side) in [(40, 4), (48, channels), (50, 1), (52, 1), (54, 1)] {
+        // An image of fewer dimensions may have anything in the sides that it has not.
+        let mut sides = [1_i16; 3];
+        for (side, length) in sides.iter_mut().zip(like.geometry.shape) {
+            *side = i16::try_from(length)
+                .map_err(|_| NiftiError::Unwritable(format!("a side of {length} is too long")))?;
+        }
+        let [x, y, z] = sides;
+        for (at, side) in
+            [(40, 4), (42, x), (44, y), (46, z), (48, channels), (50, 1), (52, 1), (54, 1)]
+        {
             put(at, &side.to_le_bytes());
         }
         put(92, &1_f32.to_le_bytes()); // pixdim[4]: was seconds, if anything

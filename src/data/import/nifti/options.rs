@@ -93,12 +93,12 @@ pub(in crate::data::import) fn patient_of<'a>(
 /// Reads class names `background,liver,tumour`, or how many classes there are, background included.
 ///
 /// # Errors
-/// [`DataError::Unusable`]: an empty name, one that stands twice, or a number out of 2..=256.
+/// [`DataError::Unusable`]: an empty name, one that stands twice, or a number out of 2..=255.
 pub fn class_names(text: &str) -> Result<Vec<String>, DataError> {
     let bad = |why: &str| Err(DataError::Unusable(format!("classes `{text}`: {why}")));
     if let Ok(count) = text.parse::<usize>() {
-        if !(2..=256).contains(&count) {
-            return bad("not 2..=256");
+        if !(2..=255).contains(&count) {
+            return bad("not 2..=255");
         }
         let named = (1..count).map(|class| format!("class {class}"));
         return Ok(std::iter::once("background".to_owned()).chain(named).collect());
@@ -156,8 +156,8 @@ impl LabelMap {
 
     /// Whether there can be so many `classes`, and every class that it names is one of them.
     pub(in crate::data::import) fn check(&self, classes: usize) -> Result<(), DataError> {
-        if !(2..=256).contains(&classes) {
-            return Err(DataError::Unusable(format!("{classes} classes, not 2..=256")));
+        if !(2..=255).contains(&classes) {
+            return Err(DataError::Unusable(format!("{classes} classes, not 2..=255")));
         }
         match self.pairs.iter().find(|(_, to)| usize::from(**to) >= classes) {
             Some((from, to)) => Err(DataError::Unusable(format!(

@@ -136,8 +136,8 @@ fn labels(pairs: Pairs) -> Result<Labels, String> {
         }
     }
     values.sort();
-    if !(2..=256).contains(&values.len()) {
-        return Err(format!("it has {} classes, not 2 to 256", values.len()));
+    if !(2..=255).contains(&values.len()) {
+        return Err(format!("it has {} classes, not 2 to 255", values.len()));
     }
     if values[0].0 != 0 {
         return Err(format!("its least label is {}: the background is 0", values[0].0));

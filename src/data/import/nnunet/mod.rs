@@ -270,7 +270,16 @@ fn labels_in(
     }
     let files = files_in(folder)?;
     let names = files.iter().filter_map(|file| Some((file.strip_suffix(ending)?, file)));
-    Ok(names.map(|(case, file)| (case.to_owned(), folder.join(file))).collect())
+    let labels: BTreeMap<String, PathBuf> =
+        names.map(|(case, file)| (case.to_owned(), folder.join(file))).collect();
+    if needed && labels.is_empty() {
+        let why = format!(
+            "no label ends in `{ending}`, which is dataset.json's file_ending ({} files are here)",
+            files.len()
+        );
+        return Err(bad(folder, why));
+    }
+    Ok(labels)
 }
 
 fn files_in(folder: &Path) -> Result<Vec<String>, DataError> {

@@ -93,6 +93,34 @@ fn two_channels_are_imported_trained_on_and_scored() {
     assert_eq!(names, ["c6_a", "c7_a"]);
 }
 
+/// A second import must not damage the first, and a label is never lost in silence.
+#[test]
+fn a_dataset_is_not_written_over_and_labels_of_another_ending_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("Dataset901_Two");
+    nnunet(&source);
+    let import = ["data", "import", "--from", "nnunet", "--in", "Dataset901_Two", "--out"];
+    let refused = |out: &str, status: i32, says: &str| {
+        let output = cpcr(folder.path(), &[&import[..], &[out]].concat());
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{told}");
+        assert!(told.contains(says), "{told}");
+    };
+    succeed(&cpcr(folder.path(), &[&import[..], &["data"]].concat()));
+    refused("data", 2, "holds a dataset already");
+    let synth = cpcr(folder.path(), &["data", "synth", "--patients", "2", "--out", "data"]);
+    assert_eq!(synth.status.code(), Some(2), "{}", text(&synth.stderr));
+    succeed(&cpcr(folder.path(), &["data", "verify", "data"]));
+
+    for entry in std::fs::read_dir(source.join("labelsTr")).unwrap() {
+        let path = entry.unwrap().path();
+        let (_, label) = anatomy(0);
+        put(&path.with_extension(""), 1, Voxels::Floats(&label));
+        std::fs::remove_file(path).unwrap();
+    }
+    refused("other", 1, "no label ends in `.nii.gz`");
+}
+
 /// The way from the challenge's archive to a dataset, on the command line.
 #[test]
 fn an_acdc_tree_is_imported_and_mistakes_are_told_in_one_line() {

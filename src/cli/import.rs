@@ -120,23 +120,22 @@ pub async fn import(arguments: ImportArguments) -> Result<i32, Failure> {
     let threads = threads_each(1) as usize;
     arguments.check()?;
     let ImportArguments { from, input, out, lists, volumes, split } = arguments;
-    refuse_dataset(&*open(&out)?).await?;
     match from {
         Form::AcdcH5 => {
             let source = AcdcSource { files: input, lists };
-            acdc_h5::import(&source, open(&out)?, threads).await
+            acdc_h5::import(&source, place(&out).await?, threads).await
         }
         Form::Acdc => {
             let tree = volumes.acdc(split, input).map_err(Failure::usage)?;
-            acdc::import(&tree, open(&out)?, threads).await
+            acdc::import(&tree, place(&out).await?, threads).await
         }
         Form::Nifti => {
             let source = volumes.nifti(split, input).map_err(Failure::usage)?;
-            nifti::import(&source, open(&out)?, threads).await
+            nifti::import(&source, place(&out).await?, threads).await
         }
         Form::Nnunet => {
             let source = volumes.nnunet(split, input).map_err(Failure::usage)?;
-            nnunet::import(&source, open(&out)?, threads).await
+            nnunet::import(&source, place(&out).await?, threads).await
         }
     }
     .map_err(Failure::failed)?;
@@ -158,8 +157,11 @@ pub(super) async fn refuse_dataset(store: &Store) -> Result<(), Failure> {
     Ok(())
 }
 
-fn open(url: &str) -> Result<Arc<Store>, Failure> {
-    Store::open(url, &StoreOptions::default()).map(Arc::new).map_err(Failure::usage)
+/// Where a dataset may go.
+async fn place(url: &str) -> Result<Arc<Store>, Failure> {
+    let store = Store::open(url, &StoreOptions::default()).map_err(Failure::usage)?;
+    refuse_dataset(&store).await?;
+    Ok(Arc::new(store))
 }
 
 impl ImportArguments {

@@ -124,6 +124,10 @@ fn a_comparison_killed_in_the_middle_goes_on_and_ends_with_every_run_in_its_tabl
     let mut other = compare(folder.path(), &STEPS);
     let told = failed(&other.args(["--set", "batch.unlabelled=4"]).output().unwrap(), 2);
     assert!(told.contains("batch.unlabelled = 2  ->  4") && told.contains("--out"), "{told}");
+    // Also one that a resumed run might have: the table would claim it for runs made with another.
+    let mut other = compare(folder.path(), &STEPS);
+    let told = failed(&other.args(["--set", "validate.every=3"]).output().unwrap(), 2);
+    assert!(told.contains("validate.every"), "{told}");
 }
 
 #[test]

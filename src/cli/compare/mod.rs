@@ -219,9 +219,15 @@ async fn refuse_strangers(places: &Places, runs: &[PlannedRun]) -> Result<(), Fa
     for run in runs {
         let Some(earlier) = run::read(&places.store(run)).await? else { continue };
         // Also what a resumed run may change: one budget is what the table claims.
-        let mut differences = run.config.differences(&earlier);
-        differences.extend(plan::unequal(&earlier, &run.config));
-        differences.dedup();
+        let mut asked = run.config.clone();
+        // The dataset is given beside it; that it is the same one, its hash in the checkpoints shows.
+        asked.data.url.clone_from(&earlier.data.url);
+        let mut differences = asked.differences(&earlier);
+        for line in plan::unequal(&earlier, &asked) {
+            if !differences.contains(&line) {
+                differences.push(line);
+            }
+        }
         if !differences.is_empty() {
             return Err(Failure::usage(format!(
                 "{} holds a run with other settings: {}; use another --out",

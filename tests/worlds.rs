@@ -101,7 +101,8 @@ fn one_to_five_workers_agree() {
         let one = run(folder.path(), &data, 1, precision, &[]);
         for nodes in 2..=5 {
             let (terms, model) = apart(&one, &run(folder.path(), &data, nodes, precision, &[]));
-            println!("{precision}, {nodes} workers: weights {model:.1e}, terms {terms:.1e?}");
+            let each: Vec<String> = terms.iter().map(|(n, off)| format!("{n} {off:.1e}")).collect();
+            println!("{precision}, {nodes} workers: weights {model:.1e}, {}", each.join(", "));
             for (name, off) in &terms {
                 let limit = if name == "total" { total_max } else { term_max };
                 assert!(*off <= limit, "{precision}, {nodes} workers: {name} differs by {off:e}");

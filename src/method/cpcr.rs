@@ -4,9 +4,9 @@
 //! Sup = Dice (`cpcr`, the authors' code of 2025-03-30) or Dice + Focal (`cpcr-focal`, 2025-05-11).
 //! The terms themselves are [`crate::loss::Objective`].
 
-use super::{Consistency, Method, MethodError, Passes, StepInput};
+use super::{Consistency, Method, MethodError, Passes, StepInput, one_pass};
 use crate::loss::{Objective, StepLoss, TERMS, TermWeights};
-use crate::model::{Cast, Draws, Ensemble, Heads, NetworkConfig};
+use crate::model::{Ensemble, Heads};
 
 /// The method.
 #[derive(Debug, Clone, Copy)]
@@ -42,14 +42,6 @@ impl Cpcr {
 }
 
 impl Method for Cpcr {
-    fn cast(&self) -> Cast {
-        Cast { two_students: false, teacher: false }
-    }
-
-    fn network(&self, sizes: NetworkConfig) -> NetworkConfig {
-        sizes
-    }
-
     fn terms(&self) -> &'static [&'static str] {
         &TERMS
     }
@@ -64,10 +56,7 @@ impl Method for Cpcr {
 
     /// The whole batch goes through the network in the warm-up too: it moves the statistics.
     fn forward(&self, nets: &Ensemble, step: &StepInput) -> Result<Passes, MethodError> {
-        let draws = Draws::keyed(step.seed, step.done, step.rank);
-        let heads = self.heads(step.done);
-        let outputs = nets.main().forward_train(step.images, &draws, heads, step.sync)?;
-        Ok(Passes { outputs: vec![outputs], targets: Vec::new() })
+        one_pass(nets, step, self.heads(step.done))
     }
 
     fn loss(&self, passes: &Passes, step: &StepInput) -> Result<StepLoss, MethodError> {

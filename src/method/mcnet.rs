@@ -7,9 +7,11 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Consistency, Method, MethodError, Passes, StepInput, main_logits, probabilities};
+use super::{
+    Consistency, Method, MethodError, Passes, StepInput, main_logits, one_pass, probabilities,
+};
 use crate::loss::{StepLoss, dice};
-use crate::model::{Cast, Draws, Ensemble, Heads, NetworkConfig};
+use crate::model::{Ensemble, Heads, NetworkConfig};
 
 /// T of the sharpening.
 const TEMPERATURE: f64 = 0.1;
@@ -22,10 +24,6 @@ pub struct McNet {
 }
 
 impl Method for McNet {
-    fn cast(&self) -> Cast {
-        Cast { two_students: false, teacher: false }
-    }
-
     fn network(&self, sizes: NetworkConfig) -> NetworkConfig {
         NetworkConfig { pyramid: false, ..sizes }
     }
@@ -39,9 +37,7 @@ impl Method for McNet {
     }
 
     fn forward(&self, nets: &Ensemble, step: &StepInput) -> Result<Passes, MethodError> {
-        let draws = Draws::keyed(step.seed, step.done, step.rank);
-        let outputs = nets.main().forward_train(step.images, &draws, Heads::Main, step.sync)?;
-        Ok(Passes { outputs: vec![outputs], targets: Vec::new() })
+        one_pass(nets, step, Heads::Main)
     }
 
     fn loss(&self, passes: &Passes, step: &StepInput) -> Result<StepLoss, MethodError> {

@@ -11,8 +11,8 @@
 use tch::{Kind, Tensor};
 
 use super::{
-    Consistency, Method, MethodError, Passes, StepInput, main_logits, probabilities, supervised,
-    u_net,
+    Consistency, Method, MethodError, Passes, StepInput, main_logits, one_pass, probabilities,
+    supervised, u_net,
 };
 use crate::loss::{StepLoss, rampup::RampUp};
 use crate::model::{Cast, Draws, Ensemble, Heads, NetworkConfig, input_noise, key_of};
@@ -111,21 +111,19 @@ impl Method for MeanTeacher {
 
     /// Targets: the teacher's softmax, and UA-MT's mask.
     fn forward(&self, nets: &Ensemble, step: &StepInput) -> Result<Passes, MethodError> {
-        let draws = Draws::keyed(step.seed, step.done, step.rank);
-        let outputs = nets.main().forward_train(step.images, &draws, Heads::Main, step.sync)?;
-        let mut targets = Vec::new();
+        let mut passes = one_pass(nets, step, Heads::Main)?;
         if self.consistency_weight(step.done) != 0.0 {
             tch::no_grad(|| -> Result<(), MethodError> {
                 let images = step.unlabelled_images()?;
-                targets.push(Self::look(nets, step, &images, &[0])?);
+                passes.targets.push(Self::look(nets, step, &images, &[0])?);
                 if let Some(total) = self.uncertainty {
                     let limit = uncertainty_threshold(step.done, total);
-                    targets.push(Self::uncertainty(nets, step, &images)?.f_lt(limit)?);
+                    passes.targets.push(Self::uncertainty(nets, step, &images)?.f_lt(limit)?);
                 }
                 Ok(())
             })?;
         }
-        Ok(Passes { outputs: vec![outputs], targets })
+        Ok(passes)
     }
 
     fn loss(&self, passes: &Passes, step: &StepInput) -> Result<StepLoss, MethodError> {

@@ -115,11 +115,15 @@ pub struct Passes {
 
 /// A training method.
 pub trait Method: Debug + Send {
-    /// How many networks it works with.
-    fn cast(&self) -> Cast;
+    /// How many networks it works with: one student, if it says nothing else.
+    fn cast(&self) -> Cast {
+        Cast::default()
+    }
 
     /// The network it is defined on, from the configured sizes of a DBPNet.
-    fn network(&self, sizes: NetworkConfig) -> NetworkConfig;
+    fn network(&self, sizes: NetworkConfig) -> NetworkConfig {
+        sizes
+    }
 
     /// The names of its loss terms, `total` last.
     fn terms(&self) -> &'static [&'static str];
@@ -165,6 +169,13 @@ impl Consistency {
     pub fn at(&self, done: u64) -> f64 {
         if done < self.warm_up { 0.0 } else { self.ramp.at(done) }
     }
+}
+
+/// The whole batch through the one student.
+fn one_pass(nets: &Ensemble, step: &StepInput, heads: Heads) -> Result<Passes, MethodError> {
+    let draws = Draws::keyed(step.seed, step.done, step.rank);
+    let outputs = nets.main().forward_train(step.images, &draws, heads, step.sync)?;
+    Ok(Passes { outputs: vec![outputs], targets: Vec::new() })
 }
 
 /// A plain U-Net from a DBPNet's sizes: decoder 1 alone, without a pyramid.

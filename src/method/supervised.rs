@@ -3,9 +3,9 @@
 //! Dice(d1) + Dice(d2); unlabelled samples are neither fetched nor seen, so they move no batch-norm
 //! statistics either. What a semi-supervised method adds is the difference to this.
 
-use super::{Method, MethodError, Passes, StepInput};
+use super::{Method, MethodError, Passes, StepInput, one_pass};
 use crate::loss::{Objective, StepLoss, TERMS, TermWeights};
-use crate::model::{Cast, Draws, Ensemble, Heads, NetworkConfig};
+use crate::model::{Ensemble, Heads};
 
 /// The method.
 #[derive(Debug, Clone, Copy, Default)]
@@ -15,14 +15,6 @@ pub struct Supervised {
 }
 
 impl Method for Supervised {
-    fn cast(&self) -> Cast {
-        Cast { two_students: false, teacher: false }
-    }
-
-    fn network(&self, sizes: NetworkConfig) -> NetworkConfig {
-        sizes
-    }
-
     fn terms(&self) -> &'static [&'static str] {
         &TERMS
     }
@@ -32,9 +24,7 @@ impl Method for Supervised {
     }
 
     fn forward(&self, nets: &Ensemble, step: &StepInput) -> Result<Passes, MethodError> {
-        let draws = Draws::keyed(step.seed, step.done, step.rank);
-        let outputs = nets.main().forward_train(step.images, &draws, Heads::Main, step.sync)?;
-        Ok(Passes { outputs: vec![outputs], targets: Vec::new() })
+        one_pass(nets, step, Heads::Main)
     }
 
     fn loss(&self, passes: &Passes, step: &StepInput) -> Result<StepLoss, MethodError> {

@@ -9,10 +9,11 @@
 use tch::{Kind, Tensor};
 
 use super::{
-    Consistency, Method, MethodError, Passes, StepInput, probabilities, sum_of, supervised,
+    Consistency, Method, MethodError, Passes, StepInput, one_pass, probabilities, sum_of,
+    supervised,
 };
 use crate::loss::StepLoss;
-use crate::model::{Cast, Draws, Ensemble, Heads, NetworkConfig, Pyramid};
+use crate::model::{Ensemble, Heads, NetworkConfig, Pyramid};
 
 /// Of lambda(t), as the authors run it.
 const SHARE: f64 = 0.5;
@@ -27,10 +28,6 @@ pub struct Urpc {
 }
 
 impl Method for Urpc {
-    fn cast(&self) -> Cast {
-        Cast { two_students: false, teacher: false }
-    }
-
     fn network(&self, sizes: NetworkConfig) -> NetworkConfig {
         NetworkConfig { up: sizes.up.iter().copied().take(1).collect(), ..sizes }
     }
@@ -48,9 +45,7 @@ impl Method for Urpc {
     }
 
     fn forward(&self, nets: &Ensemble, step: &StepInput) -> Result<Passes, MethodError> {
-        let draws = Draws::keyed(step.seed, step.done, step.rank);
-        let outputs = nets.main().forward_train(step.images, &draws, Heads::All, step.sync)?;
-        Ok(Passes { outputs: vec![outputs], targets: Vec::new() })
+        one_pass(nets, step, Heads::All)
     }
 
     fn loss(&self, passes: &Passes, step: &StepInput) -> Result<StepLoss, MethodError> {

@@ -19,7 +19,7 @@ const SECOND: &str = "second.";
 const TEACHER: &str = "teacher.";
 
 /// How many networks a method works with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cast {
     /// Two students, drawn from different seeds.
     pub two_students: bool,

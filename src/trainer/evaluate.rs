@@ -152,9 +152,7 @@ pub(super) fn trained(
     checkpoint: &Checkpoint,
     dataset: &Dataset,
 ) -> Result<Network, TrainerError> {
-    let classes = dataset.manifest().classes.len() as i64;
-    let channels = dataset.manifest().channel_count() as i64;
-    let net = network(config, classes, channels);
+    let net = network(config, dataset.manifest());
     let net = Network::new(net, tch::Device::Cpu, config.train.seed)?;
     // What else a method trains (a second network, a teacher) is not evaluated.
     net.params().load_host(&main_state(persist::unnamed(&checkpoint.model)?))?;

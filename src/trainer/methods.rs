@@ -1,7 +1,7 @@
 //! From a configuration to a method, its network and its learning rate.
 
 use crate::config::{self, LrSchedule, RunConfig, UpMode};
-use crate::data::Share;
+use crate::data::{Manifest, Share};
 use crate::loss::{Objective, rampup::RampUp};
 use crate::method::{Bcp, Consistency, Cpcr, Cps, McNet, MeanTeacher, Method, Supervised, Urpc};
 use crate::model::{self, Layout, NetworkConfig};
@@ -43,7 +43,7 @@ pub(super) fn method(config: &RunConfig, epoch_steps: u64) -> Box<dyn Method> {
 }
 
 /// The network that a configuration asks for, for a dataset's classes and channels.
-pub(super) fn network(config: &RunConfig, classes: i64, channels: i64) -> NetworkConfig {
+pub(super) fn network(config: &RunConfig, manifest: &Manifest) -> NetworkConfig {
     let up = |mode: &UpMode| match mode {
         UpMode::Transposed => model::UpMode::Transposed,
         UpMode::Bilinear => model::UpMode::Bilinear,
@@ -51,8 +51,8 @@ pub(super) fn network(config: &RunConfig, classes: i64, channels: i64) -> Networ
         UpMode::Bicubic => model::UpMode::Bicubic,
     };
     let sizes = NetworkConfig {
-        in_channels: channels,
-        classes,
+        in_channels: manifest.channel_count() as i64,
+        classes: manifest.classes.len() as i64,
         widths: config.model.widths.map(i64::from),
         up: config.model.up.iter().map(up).collect(),
         pyramid: true,
@@ -116,7 +116,7 @@ mod tests {
             let method = method(&config, 11);
             assert_eq!(method.terms().last(), Some(&"total"), "{name:?}");
             assert!(!method.cast().teacher || method.teacher_decay(100_000) == 0.99, "{name:?}");
-            let heads = network(&config, 4, 1);
+            let heads = method.network(NetworkConfig::default());
             let pyramid = [Name::Supervised, Name::Cpcr, Name::CpcrFocal, Name::Urpc];
             assert_eq!(heads.pyramid, pyramid.contains(&name), "{name:?}");
         }

@@ -77,12 +77,7 @@ impl Trainer {
         let checkpoint = runtime.block_on(load_latest(&run))?;
 
         let device = device::open(assignment.backend, config.train.precision)?;
-        let classes = dataset.manifest().classes.len() as i64;
-        let channels = dataset.manifest().channel_count() as i64;
-        let (net, train) = (methods::network(&config, classes, channels), &config.train);
-        let sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
-        let cast = methods::method(&config, 0).cast();
-        let mut nets = Ensemble::new(&net, cast, device, train.seed, &sgd)?;
+        let mut nets = ensemble(&config, &dataset, device)?;
         let mut history = RunHistory::default();
         let mut step = Step(0);
         if let Some(checkpoint) = checkpoint {
@@ -91,7 +86,7 @@ impl Trainer {
             super::persist::restore(&checkpoint, &mut nets, &mut history)?;
             let world = assignment.world.0;
             history.push(Record::Event(RunEvent::Resumed { step: step.0, world }));
-        } else if let Some(url) = &train.init_from {
+        } else if let Some(url) = &config.train.init_from {
             let state = super::persist::given_weights(&runtime, url)?;
             nets.start_from(&state).map_err(|e| TrainerError::InitialWeights {
                 url: url.clone(),
@@ -167,6 +162,19 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// Fresh networks and optimisers of the configured method.
+fn ensemble(
+    config: &RunConfig,
+    dataset: &Dataset,
+    device: Device,
+) -> Result<Ensemble, TrainerError> {
+    let net = methods::network(config, dataset.manifest());
+    let train = &config.train;
+    let sgd = Sgd::new(train.lr, train.momentum, train.weight_decay);
+    let cast = methods::method(config, 0).cast();
+    Ok(Ensemble::new(&net, cast, device, train.seed, &sgd)?)
 }
 
 /// Refuses a checkpoint of another configuration or dataset.

@@ -21,6 +21,8 @@ pub mod data;
 
 pub mod checkpoint;
 
+pub mod ledger;
+
 pub mod kv;
 
 pub mod bridge;

@@ -52,6 +52,10 @@ number!(
     Generation(u64)
 );
 number!(
+    /// One line of a run's history, from a start or a resume on: the number of the ledger's object that opens it.
+    Lineage(u64)
+);
+number!(
     /// One machine (or one agent on this machine).
     NodeId(u32)
 );
@@ -81,6 +85,17 @@ impl fmt::Display for Backend {
             Self::Nccl => "NCCL, GPU",
         })
     }
+}
+
+/// What attests a committed step: which unlabelled samples the global batch held, whatever the number of ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Receipt {
+    /// The step that leads on from this state: the one that the deal calls so.
+    pub step: Step,
+    /// Sum over the unlabelled slots (`ledger::fingerprint`).
+    pub fingerprint: u64,
+    /// Unlabelled samples of the batch.
+    pub samples: u32,
 }
 
 /// Length and SHA-256 of an object's bytes: what a reader verifies before it uses them.

@@ -17,6 +17,7 @@ const ORDER: &[&str] = &[
     "store",
     "data",
     "checkpoint",
+    "ledger",
     "kv",
     "bridge",
     "collective",
@@ -36,17 +37,17 @@ const ORDER: &[&str] = &[
 const BANS: &[(&str, &[&str], &str)] = &[
     (
         "model",
-        &["config", "telemetry", "proto", "store", "data", "checkpoint", "collective"],
+        &["config", "telemetry", "proto", "store", "data", "checkpoint", "ledger", "collective"],
         "a network is built from numbers; it knows no processes, storage or configuration",
     ),
     (
         "loss",
-        &["config", "telemetry", "proto", "store", "data", "checkpoint"],
+        &["config", "telemetry", "proto", "store", "data", "checkpoint", "ledger"],
         "an objective is a function of tensors; it knows no storage or configuration",
     ),
     (
         "method",
-        &["config", "telemetry", "proto", "store", "data", "checkpoint", "collective"],
+        &["config", "telemetry", "proto", "store", "data", "checkpoint", "ledger", "collective"],
         "a method is a function of tensors and networks; the trainer builds it from a configuration",
     ),
     (
@@ -61,7 +62,7 @@ const BANS: &[(&str, &[&str], &str)] = &[
     ),
     (
         "bridge",
-        &["config", "telemetry", "proto", "store", "data", "checkpoint"],
+        &["config", "telemetry", "proto", "store", "data", "checkpoint", "ledger"],
         "the bridge wraps libtorch and nothing else",
     ),
 ];

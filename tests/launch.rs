@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 use support::{
-    CPCR, LAUNCH, Moto, NO_MOTO, SMALL, checkpoint_file, dataset, launch, processes,
+    CPCR, LAUNCH, Moto, NO_MOTO, SMALL, audited, checkpoint_file, dataset, launch, processes,
     s3_environment, signal, skipped, succeed, text, wait_for_a_step,
 };
 
@@ -43,6 +43,8 @@ fn a_run_killed_and_resumed_on_one_worker_ends_with_the_same_bits() {
         let whole = hash(&folder.path().join("whole"), 30, file);
         assert_eq!(whole, hash(&folder.path().join("killed"), 30, file), "{file}");
     }
+    let report = audited(&folder.path().join("killed"));
+    assert_eq!((&report["steps"], &report["lineages"]), (&30.into(), &3.into()), "{report}");
 }
 
 #[test]
@@ -110,6 +112,9 @@ fn survives_the_death_of(victims: impl Fn(&Path, u32) -> Vec<i32>) {
     let told = text(&output.stderr);
     assert!(told.contains("starting it again") || told.contains("restart 1 of"), "{told}");
     assert!(folder.path().join("run/checkpoints/step-00000150/manifest.json").is_file());
+    let report = audited(&folder.path().join("run"));
+    assert_eq!((&report["steps"], &report["samples"]), (&150.into(), &300.into()), "{report}");
+    assert!(report["lineages"].as_u64() >= Some(2), "{report}");
     let left = processes(&folder.path().display().to_string());
     assert!(left.is_empty(), "left behind: {left:?}");
 }

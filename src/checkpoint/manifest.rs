@@ -1,16 +1,15 @@
 //! The manifest: what a checkpoint is made of, and how to know that it is whole.
 //!
-//! Pure: bytes in, values out. The file is JSON that ends in a SHA-256 of itself, under a rule that
-//! holds for every format: the file's last 64 hexadecimal digits, taken as zeros, hash to
-//! themselves. So damage is told from a newer format even by a program that cannot read the latter.
+//! Pure: bytes in, values out. The file is a sealed record (`seal`), so damage is told from a newer
+//! format even by a program that cannot read the latter.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::error::CheckpointError;
+use super::seal::{seal, unseal};
 use crate::types::{ObjectDigest, Step, WorldSize};
 
 /// The format that this program writes, and the newest that it reads.
@@ -23,9 +22,6 @@ pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 pub const STATE_FILE: &str = "state.json";
 
 const FILES: [&str; 3] = [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE];
-const SEAL_DIGITS: usize = 64;
-const SEAL_BEFORE: &str = ",\n  \"sha256\": \"";
-const SEAL_AFTER: &str = "\"\n}\n";
 /// A manifest is a few kilobytes; anything much larger is not one.
 const MANIFEST_BYTES_MAX: usize = 1 << 20;
 
@@ -107,15 +103,7 @@ impl Manifest {
     /// The file's bytes, sealed. Deterministic.
     pub fn encode(&self) -> Result<Bytes, CheckpointError> {
         self.validate().map_err(|detail| CheckpointError::Invalid { step: self.step, detail })?;
-        let mut text = serde_json::to_string_pretty(self)
-            .map_err(|e| CheckpointError::Invalid { step: self.step, detail: e.to_string() })?;
-        // Without its last brace: the seal becomes the last field.
-        text.truncate(text.strip_suffix("\n}").map_or(0, str::len));
-        let seal = hash_of_zeroed(text.as_bytes());
-        text.push_str(SEAL_BEFORE);
-        text.push_str(&seal);
-        text.push_str(SEAL_AFTER);
-        Ok(Bytes::from(text))
+        seal(self).map_err(|e| CheckpointError::Invalid { step: self.step, detail: e.to_string() })
     }
 
     /// The manifest of `step` in `file`: first whole, then of a known format, then sensible.
@@ -127,9 +115,7 @@ impl Manifest {
         if file.len() > MANIFEST_BYTES_MAX {
             return Err(damaged("too large for a manifest"));
         }
-        let body = unseal(file).ok_or_else(|| damaged("it does not hash to its own seal"))?;
-        let mut text = body.to_vec();
-        text.extend_from_slice(b"\n}");
+        let text = unseal(file).ok_or_else(|| damaged("it does not hash to its own seal"))?;
         let FormatOnly { format } =
             serde_json::from_slice(&text).map_err(|e| damaged(&e.to_string()))?;
         if format > FORMAT {
@@ -187,23 +173,6 @@ impl Manifest {
     }
 }
 
-/// The body before the seal, if the seal is right.
-fn unseal(file: &[u8]) -> Option<&[u8]> {
-    let rest = file.strip_suffix(SEAL_AFTER.as_bytes())?;
-    let (rest, seal) = rest.split_at_checked(rest.len().checked_sub(SEAL_DIGITS)?)?;
-    let body = rest.strip_suffix(SEAL_BEFORE.as_bytes())?;
-    (hash_of_zeroed(body).as_bytes() == seal).then_some(body)
-}
-
-fn hash_of_zeroed(body: &[u8]) -> String {
-    let mut hash = Sha256::new();
-    hash.update(body);
-    hash.update(SEAL_BEFORE);
-    hash.update("0".repeat(SEAL_DIGITS));
-    hash.update(SEAL_AFTER);
-    hex::encode(hash.finalize())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,9 +224,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_refused_by_name_even_if_its_fields_are_unknown() {
-        let body = "{\n  \"format\": 2,\n  \"shape_of_things\": []";
-        let file = format!("{body}{SEAL_BEFORE}{}{SEAL_AFTER}", hash_of_zeroed(body.as_bytes()));
-        let error = Manifest::decode(Step(1200), file.as_bytes()).unwrap_err();
+        let newer = serde_json::json!({ "format": 2, "shape_of_things": [] });
+        let error = Manifest::decode(Step(1200), &seal(&newer).unwrap()).unwrap_err();
         assert!(matches!(error, CheckpointError::NewerFormat { found: 2, .. }), "{error}");
     }
 

@@ -16,6 +16,7 @@ mod inspect;
 mod manifest;
 mod reader;
 mod retention;
+mod seal;
 mod writer;
 
 pub use error::CheckpointError;
@@ -25,6 +26,7 @@ pub use manifest::{
     FORMAT, MODEL_FILE, Manifest, OPTIMIZER_FILE, ObjectEntry, Position, STATE_FILE, TrainState,
     manifest_path, parse_step, step_folder,
 };
-pub use reader::{Checkpoint, latest, load, load_latest, read_manifest, verify};
+pub use reader::{Checkpoint, latest, latest_state, load, load_latest, read_manifest, verify};
 pub use retention::{Retention, plan, retain};
+pub use seal::{seal, unseal};
 pub use writer::{Outcome, RunIdentity, Snapshot, Writer, WriterOptions, write};

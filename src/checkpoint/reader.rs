@@ -55,6 +55,21 @@ pub async fn load_latest(run: &Store) -> Result<Option<Checkpoint>, CheckpointEr
     Ok(None)
 }
 
+/// Manifest and record of the highest step where both verify; the tensors are not looked at.
+pub async fn latest_state(run: &Store) -> Result<Option<(Manifest, TrainState)>, CheckpointError> {
+    for step in steps_down(run).await? {
+        let found = async {
+            let manifest = read_manifest(run, step).await?;
+            let state = read_state(run, &manifest).await?;
+            Ok((manifest, state))
+        };
+        if let Some(found) = unless_damaged(run, found.await)? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
 /// The checkpoint of `step`, verified.
 pub async fn load(run: &Store, step: Step) -> Result<Checkpoint, CheckpointError> {
     let manifest = read_manifest(run, step).await?;
@@ -63,9 +78,13 @@ pub async fn load(run: &Store, step: Step) -> Result<Checkpoint, CheckpointError
     };
     let model = tensors(MODEL_FILE, &fetch(run, &manifest, MODEL_FILE).await?)?;
     let optimizer = tensors(OPTIMIZER_FILE, &fetch(run, &manifest, OPTIMIZER_FILE).await?)?;
-    let state = serde_json::from_slice(&fetch(run, &manifest, STATE_FILE).await?)
-        .map_err(|e| damaged(step, format!("{STATE_FILE}: {e}")))?;
+    let state = read_state(run, &manifest).await?;
     Ok(Checkpoint { manifest, model, optimizer, state })
+}
+
+async fn read_state(run: &Store, manifest: &Manifest) -> Result<TrainState, CheckpointError> {
+    serde_json::from_slice(&fetch(run, manifest, STATE_FILE).await?)
+        .map_err(|e| damaged(manifest.step, format!("{STATE_FILE}: {e}")))
 }
 
 /// The manifest of `step`: whole, of a known format, sensible. Its objects are not looked at.

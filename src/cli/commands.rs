@@ -12,10 +12,10 @@ use serde::Serialize;
 use super::compare::{self, CompareArguments};
 use super::import::{self, ImportArguments};
 use super::run::{self, BackendArgument, Resume};
-use super::{Failure, doctor, gpus, sibling, threads_each};
+use super::{Failure, audit, doctor, gpus, sibling, threads_each};
 use crate::checkpoint;
 use crate::config::{self, ConfigSource};
-use crate::coordinator::{events::Limits, service};
+use crate::coordinator::{LedgerPlace, events::Limits, service};
 use crate::data::{self, Dataset, synth};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
@@ -50,6 +50,14 @@ enum Command {
     /// Lists or verifies the checkpoints of a run.
     #[command(subcommand)]
     Checkpoints(Checkpoints),
+    /// Proves from a run's ledger that each unlabelled sample counted once an epoch.
+    Audit {
+        /// The run.
+        run: String,
+        /// JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
     /// Tells what this machine lacks.
     Doctor {
         /// A store to probe.
@@ -225,6 +233,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::S3(arguments) => s3(arguments).await,
         Command::Data(command) => dataset(command).await,
         Command::Checkpoints(command) => checkpoints(command).await,
+        Command::Audit { run, json } => audit::audit(&run, json).await,
         Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
         Command::Eval { rest } => engine("eval", &rest),
         Command::Compare(arguments) => compare::compare(*arguments).await,
@@ -264,7 +273,11 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         progress: PROGRESS,
         drain: Duration::from_secs(20),
     };
-    let outcome = service::serve(listener, limits, super::signals::interrupted())
+    let ledger = LedgerPlace {
+        run: Store::open(&a.run, &options).map_err(Failure::usage)?,
+        checkpoint_every: config.checkpoint.every,
+    };
+    let outcome = service::serve(listener, limits, ledger, super::signals::interrupted())
         .await
         .map_err(Failure::failed)?;
     tracing::info!(status = outcome.status, "{}", outcome.reason);

@@ -3,6 +3,7 @@
 //! `cpcr` and `cpcr-launch` reach no tensor type and so link no libtorch; what needs tensors is
 //! behind `cpcr-engine`, which `cpcr` starts.
 
+pub mod audit;
 pub mod commands;
 pub mod compare;
 pub mod doctor;

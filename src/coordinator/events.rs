@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::ledger::Recorded;
 use crate::types::{Backend, Generation, NodeId, Rank, WorldSize};
 
 /// Time since the coordinator's start; it comes with every event.
@@ -84,6 +85,15 @@ pub enum Event {
         /// What the agent saw, or what the trainer said.
         evidence: String,
     },
+    /// The ledger holds steps of a generation.
+    Recorded(Recorded),
+    /// The ledger cannot be written any more: the run goes no further unproven.
+    LedgerLost {
+        /// Exit status.
+        status: i32,
+        /// Why.
+        reason: String,
+    },
     /// The user or the platform wants the run to checkpoint and end.
     StopRequested {
         /// Who asked.
@@ -126,6 +136,13 @@ pub enum Effect {
         node: NodeId,
         /// Of this generation.
         generation: Generation,
+    },
+    /// Tell the trainer what the ledger holds.
+    Recorded {
+        /// On this node.
+        node: NodeId,
+        /// What.
+        recorded: Recorded,
     },
     /// Tell everyone that the run has ended.
     Finish {

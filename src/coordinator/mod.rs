@@ -1,12 +1,15 @@
 //! The coordinator: who is a member, when a generation starts and ends, how the run ends.
 //!
 //! `state` is the pure core, `apply(state, now, event) -> effects`; `service` is the gRPC shell
-//! around it. No tensor type is reachable from here, and a trainer never waits for it inside a
+//! around it, `records` the task beside it that writes the ledger. No tensor type is reachable from here, and a trainer never waits for it inside a
 //! step: it may be slow, or die, without a wrong number.
 
 pub mod events;
+mod records;
 pub mod service;
 pub mod state;
+
+pub use records::LedgerPlace;
 
 #[cfg(test)]
 mod simulation;

@@ -16,10 +16,12 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::events::{Effect, Event, Limits};
+use super::records::{self, LedgerPlace, Records, Told};
 use super::state::{Phase, State};
-use crate::proto::TrainerEvent;
+use crate::ledger::{LedgerError, RECEIPTS_MAX};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use crate::proto::wire::{self, agent_message, order};
+use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, TrainerEvent};
 use crate::types::{Backend, Generation, NodeId};
 
 /// Inputs that may wait for the owner task.
@@ -30,6 +32,8 @@ const ORDERS: usize = 64;
 const TICK: Duration = Duration::from_millis(250);
 /// How long the service stays up after the end, so that everyone hears of it.
 const LINGER: Duration = Duration::from_secs(3);
+/// Bytes of a message: a trainer that starts may say all receipts that it keeps, 16 digits each.
+const MESSAGE_BYTES_MAX: usize = RECEIPTS_MAX * 16 + (4 << 20);
 /// Notes kept in the status that watchers read.
 const NOTES: usize = 200;
 
@@ -52,6 +56,9 @@ pub enum ServiceError {
     /// The task that owns the state ended without an outcome.
     #[error("the coordinator's task ended early")]
     Gone,
+    /// The ledger could not be taken up.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
 }
 
 /// What reaches the owner task.
@@ -65,13 +72,16 @@ enum Input {
 /// Serves a run until it ends. `stop` ends it in good order (75) when it resolves.
 ///
 /// # Errors
-/// [`ServiceError`] if the socket fails.
+/// [`ServiceError`] if the socket fails, or the ledger is not to be had.
 pub async fn serve(
     listener: TcpListener,
     limits: Limits,
+    ledger: LedgerPlace,
     stop: impl Future<Output = String> + Send + 'static,
 ) -> Result<Outcome, ServiceError> {
     let wanted = limits.nodes;
+    let epoch = crate::store::unique_id();
+    let (records, recording) = records::start(ledger, &epoch).await?;
     let (inputs, queue) = mpsc::channel(QUEUE);
     let (status, watched) = watch::channel(wire::RunStatus { wanted, ..Default::default() });
     let stopper = inputs.clone();
@@ -80,9 +90,10 @@ pub async fn serve(
         // The owner is gone only if the run has ended: nothing is left to stop.
         drop(stopper.send(Input::Stop(reason)).await);
     });
-    let owner = tokio::spawn(own(State::new(limits), queue, status));
+    let owner = tokio::spawn(own(State::new(limits), epoch, records, queue, status));
     let (over, ended) = tokio::sync::oneshot::channel::<()>();
-    let service = CoordinatorServer::new(Service { inputs, watched });
+    let service = CoordinatorServer::new(Service { inputs, watched })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .add_service(service)
@@ -91,6 +102,7 @@ pub async fn serve(
         });
     let server = tokio::spawn(server);
     let outcome = owner.await.map_err(|_| ServiceError::Gone)?;
+    let outcome = recorded(outcome, recording.await.map_err(|_| ServiceError::Gone)?);
     over.send(()).ok();
     match tokio::time::timeout(LINGER, server).await {
         Ok(Ok(result)) => result?,
@@ -99,24 +111,37 @@ pub async fn serve(
     Ok(outcome)
 }
 
+/// A run is complete, or stopped in good order, only with its ledger. Nothing is lost where that
+/// could not be finished: the checkpoint carries the rest.
+fn recorded(outcome: Outcome, ledger: Result<(), LedgerError>) -> Outcome {
+    match ledger {
+        Err(error) if matches!(outcome.status, EXIT_DONE | EXIT_RESUMABLE) => {
+            let reason = format!("{}, but its ledger is not: {error}", outcome.reason);
+            Outcome { status: records::status_of(&error), reason }
+        }
+        _ => outcome,
+    }
+}
+
 /// The one task that owns the state: input, event, apply, execute.
 async fn own(
     mut state: State,
+    epoch: String,
+    mut records: Records,
     mut queue: mpsc::Receiver<Input>,
     status: watch::Sender<wire::RunStatus>,
 ) -> Outcome {
     let start = Instant::now();
-    let epoch = crate::store::unique_id();
     let mut agents: BTreeMap<NodeId, Agent> = BTreeMap::new();
     let mut tick = tokio::time::interval(TICK);
     loop {
-        let input = tokio::select! {
-            input = queue.recv() => input,
-            _ = tick.tick() => None,
-        };
-        let event = match input {
-            Some(input) => event_of(input, &mut agents, &status),
-            None => Some(Event::Tick),
+        let event = tokio::select! {
+            Some(input) = queue.recv() => event_of(input, &mut agents, &records, &status),
+            Some(told) = records.told.recv() => Some(match told {
+                Told::Recorded(recorded) => Event::Recorded(recorded),
+                Told::Lost { status, reason } => Event::LedgerLost { status, reason },
+            }),
+            _ = tick.tick() => Some(Event::Tick),
         };
         let Some(event) = event else { continue };
         let left = match &event {
@@ -155,6 +180,7 @@ struct LastWords {
 fn event_of(
     input: Input,
     agents: &mut BTreeMap<NodeId, Agent>,
+    records: &Records,
     status: &watch::Sender<wire::RunStatus>,
 ) -> Option<Event> {
     match input {
@@ -187,7 +213,11 @@ fn event_of(
                 let status = exit.status;
                 Some(Event::TrainerExited { node, generation, status, evidence })
             }
-            agent_message::Kind::Report(report) => match relay(&report, status) {
+            agent_message::Kind::Report(report) => match relay(&report, records, status) {
+                Said::TooMuch => Some(Event::LedgerLost {
+                    status: EXIT_FAILED,
+                    reason: "more receipts wait for the ledger than there is room for".to_owned(),
+                }),
                 Said::Nothing => Some(Event::Heard { node }),
                 Said::Progress => Some(Event::Progressed { node }),
                 Said::LastWords { text, status, curable } => {
@@ -214,13 +244,27 @@ enum Said {
     Nothing,
     /// It gets on.
     Progress,
+    /// More than the ledger's queue takes.
+    TooMuch,
     /// Why it fails.
     LastWords { text: String, status: i32, curable: bool },
 }
 
-/// Puts a trainer's event where watchers see it. Step events are rank 0's only.
-fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) -> Said {
-    match serde_json::from_str::<TrainerEvent>(&report.event) {
+/// Puts a trainer's event where watchers see it, and what it says for the ledger there. Step events
+/// are rank 0's only.
+fn relay(
+    report: &wire::TrainerReport,
+    records: &Records,
+    status: &watch::Sender<wire::RunStatus>,
+) -> Said {
+    let event = serde_json::from_str::<TrainerEvent>(&report.event);
+    if let Ok(event) = &event
+        && report.rank == 0
+        && !records.note(Generation(report.generation), event)
+    {
+        return Said::TooMuch;
+    }
+    match event {
         Ok(TrainerEvent::Step { .. }) if report.rank == 0 => {
             status.send_modify(|s| s.progress.clone_from(&report.event));
             Said::Progress
@@ -234,7 +278,7 @@ fn relay(report: &wire::TrainerReport, status: &watch::Sender<wire::RunStatus>) 
             status.send_modify(|s| s.progress.clone_from(&report.event));
             Said::Progress
         }
-        Ok(TrainerEvent::Ready { step }) if report.rank == 0 && step.0 > 0 => {
+        Ok(TrainerEvent::Ready { step, .. }) if report.rank == 0 && step.0 > 0 => {
             note(status, format!("resumed at step {step}"));
             Said::Nothing
         }
@@ -292,6 +336,14 @@ fn execute(
         Effect::CheckpointAndStop { node, generation } => {
             let checkpoint = wire::Checkpoint { generation: generation.0 };
             send(node, order::Kind::CheckpointAndStop(checkpoint));
+        }
+        Effect::Recorded { node, recorded } => {
+            let recorded = wire::Recorded {
+                generation: recorded.generation.0,
+                lineage: recorded.lineage.0,
+                step: recorded.step.0,
+            };
+            send(node, order::Kind::Recorded(recorded));
         }
         Effect::Finish { status: code, reason } => {
             for node in agents.keys() {

@@ -9,7 +9,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::events::{Effect, Event, Limits};
 use super::state::{Phase, State};
-use crate::types::{Backend, Generation, NodeId};
+use crate::ledger::Recorded;
+use crate::types::{Backend, Generation, Lineage, NodeId, Step};
 
 fn limits() -> Limits {
     Limits {
@@ -164,6 +165,32 @@ fn what_no_restart_cures_ends_the_run_at_once_whoever_leaves_first() {
             assert!(ended, "{effects:?}");
         }
     }
+}
+
+#[test]
+fn what_is_recorded_is_told_to_the_trainers_of_that_generation_only() {
+    let mut state = all_here();
+    let recorded = Recorded { generation: Generation(1), lineage: Lineage(2), step: Step(9) };
+    let effects = state.apply(Duration::from_secs(1), Event::Recorded(recorded));
+    let told: Vec<u32> = effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Recorded { node, recorded: told } if *told == recorded => Some(node.0),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(told, [0, 1, 2]);
+    let before = Recorded { generation: Generation(0), ..recorded };
+    assert!(state.apply(Duration::from_secs(1), Event::Recorded(before)).is_empty());
+}
+
+#[test]
+fn without_its_ledger_a_run_ends_once_with_the_reason() {
+    let mut state = all_here();
+    let lost = || Event::LedgerLost { status: 1, reason: "another coordinator".to_owned() };
+    let effects = state.apply(Duration::from_secs(1), lost());
+    assert!(matches!(&effects[..], [Effect::Finish { status: 1, .. }]), "{effects:?}");
+    assert!(state.apply(Duration::from_secs(2), lost()).is_empty());
 }
 
 #[test]

@@ -147,6 +147,19 @@ impl State {
                     self.finish(status, reason, &mut effects);
                 }
             }
+            Event::Recorded(recorded) => {
+                if let Phase::Training { ranks, .. } = &self.phase
+                    && recorded.generation == self.generation
+                {
+                    let nodes = ranks.keys();
+                    effects.extend(nodes.map(|&node| Effect::Recorded { node, recorded }));
+                }
+            }
+            Event::LedgerLost { status, reason } => {
+                if !matches!(self.phase, Phase::Finished { .. }) {
+                    self.finish(status, reason, &mut effects);
+                }
+            }
             Event::StopRequested { reason } => self.stop_requested(now, reason, &mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Backend, Generation, Rank, Step, WorldSize};
+use crate::types::{Backend, Generation, Lineage, Rank, Receipt, Step, WorldSize};
 
 /// The generated gRPC types.
 #[allow(missing_docs, clippy::all)]
@@ -57,6 +57,9 @@ pub enum TrainerEvent {
     Ready {
         /// Steps done before.
         step: Step,
+        /// Rank 0's: what the ledger needs to know of this start.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ledger: Option<LedgerStart>,
     },
     /// A step was applied.
     Step {
@@ -70,6 +73,9 @@ pub enum TrainerEvent {
         images_per_s: f64,
         /// Share of the step's time spent waiting for data, `0..=1`.
         data_wait: f64,
+        /// Which unlabelled samples it was, for the ledger.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        receipt: Option<Receipt>,
     },
     /// It does something else than stepping, and gets on with it.
     Busy {
@@ -104,6 +110,11 @@ pub enum TrainerEvent {
     },
 }
 
+/// The ledger's own record of where a generation starts (`ledger::Attestation`); not looked into here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct LedgerStart(pub serde_json::Value);
+
 /// What a trainer does between steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -120,6 +131,13 @@ pub enum Doing {
 pub enum TrainerOrder {
     /// Write a checkpoint after the step in flight, then exit 75.
     CheckpointAndStop,
+    /// The ledger holds all steps before this one: their receipts need not be kept.
+    Recorded {
+        /// In which lineage.
+        lineage: Lineage,
+        /// The first step that it lacks.
+        step: Step,
+    },
 }
 
 #[cfg(test)]
@@ -134,6 +152,7 @@ mod tests {
             terms: BTreeMap::from([("dice".to_owned(), 1.5)]),
             images_per_s: 12.0,
             data_wait: 0.01,
+            receipt: Some(Receipt { step: Step(2), fingerprint: u64::MAX - 1, samples: 12 }),
         };
         let line = serde_json::to_string(&event).unwrap();
         assert!(!line.contains('\n') && line.contains("\"event\":\"step\""));

@@ -5,6 +5,7 @@ use crate::checkpoint::CheckpointError;
 use crate::collective::CollectiveError;
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::ledger::LedgerError;
 use crate::method::MethodError;
 use crate::model::ModelError;
 use crate::proto::{EXIT_FAILED, EXIT_USAGE};
@@ -43,6 +44,9 @@ pub enum TrainerError {
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Receipts cannot be kept, or a checkpoint's make no sense.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
     /// The network refused.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -108,6 +112,7 @@ impl TrainerError {
             Self::Op(_) | Self::Torch(_) | Self::Method(_) => true,
             Self::Checkpoint(CheckpointError::WriterStopped) | Self::System(_) => true,
             Self::Checkpoint(_)
+            | Self::Ledger(_)
             | Self::Config(_)
             | Self::Mismatch { .. }
             | Self::InitialWeights { .. }

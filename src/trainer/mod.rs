@@ -30,6 +30,7 @@ use tch::{Device, Kind, Tensor};
 use crate::bridge::ops;
 use crate::data::{Batch, DealSpec};
 use crate::eval::report::{Record, StepRecord};
+use crate::ledger::Part;
 use crate::loss::{Counts, StepLoss};
 use crate::method::StepInput;
 use crate::model::{Outputs, Statistics};
@@ -61,7 +62,7 @@ fn say_why(error: &TrainerError) {
 
 /// The training loop.
 fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, TrainerError> {
-    emit(&TrainerEvent::Ready { step: t.step });
+    emit(&TrainerEvent::Ready { step: t.step, ledger: t.attestation()? });
 
     while t.step < t.total {
         let started = Instant::now();
@@ -75,13 +76,19 @@ fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, Tra
         let input = t.input(&images, &labels, &samples, counts);
         let mut passes = trace.phase(Phase::Forward, || t.method.forward(&t.nets, &input))?;
         let loss = trace.phase(Phase::Loss, || t.method.loss(&passes, &input))?;
-        // Loss terms and votes travel while the gradients do.
-        let tail = Tail::start(&loss, orders.stop_wanted(), &t.ranks)?;
+        // Loss terms, what was fed and votes travel while the gradients do.
+        let fed =
+            Part::of(batch.step, &t.loader.share().unlabelled, &batch.draws[batch.n_labelled..]);
+        let tail = Tail::start(&loss, fed, orders.stop_wanted(), &t.ranks)?;
         trace.phase(Phase::Backward, || t.backward(&loss))?;
         let tail = trace.phase(Phase::AllReduceWait, || tail.wait())?;
         let statistics = passes.outputs.iter_mut().map(Outputs::take_statistics).collect();
         trace.phase(Phase::Optimiser, || t.apply(statistics))?;
 
+        t.receipts.push(tail.fed.receipt(t.step))?;
+        if let Some((lineage, step)) = orders.recorded() {
+            t.receipts.acknowledge(lineage, step);
+        }
         t.step = t.step.next();
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = started.elapsed().as_secs_f64().max(1e-9);
@@ -200,6 +207,7 @@ fn report(
         terms: terms.clone(),
         images_per_s,
         data_wait,
+        receipt: Some(tail.fed.receipt(done)),
     });
     if t.step.0.is_multiple_of(t.record_every) || t.step == Step(1) || t.step == t.total {
         t.history.push(Record::Step(StepRecord {

@@ -10,6 +10,7 @@ use super::setup::Trainer;
 use super::validate;
 use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
 use crate::eval::report::{self, Record, ReportInputs, RunHistory};
+use crate::ledger::{self, Carried, Receipts};
 use crate::model::{Ensemble, HostTensor, ModelError, main_state};
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::Step;
@@ -37,22 +38,26 @@ pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
         },
         model: named(t.nets.to_host()?)?,
         optimizer: named(t.nets.momentum_to_host()?)?,
-        state: TrainState(json!({ "history": String::from_utf8_lossy(&lines) })),
+        state: TrainState(json!({
+            "history": String::from_utf8_lossy(&lines),
+            ledger::STATE_KEY: t.receipts.carried(),
+        })),
         best: t.history.best().map(|best| Step(best.step)),
     })?)
 }
 
-/// Puts a checkpoint's state in force.
+/// Puts a checkpoint's state in force; the result are the receipts that it carries.
 pub fn restore(
     checkpoint: &Checkpoint,
     nets: &mut Ensemble,
     history: &mut RunHistory,
-) -> Result<(), TrainerError> {
+) -> Result<Receipts, TrainerError> {
     nets.load_host(unnamed(&checkpoint.model)?, unnamed(&checkpoint.optimizer)?)?;
     if let Some(lines) = checkpoint.state.0.get("history").and_then(|h| h.as_str()) {
         *history = RunHistory::from_json_lines(lines.as_bytes());
     }
-    Ok(())
+    let step = checkpoint.manifest.step;
+    Ok(Receipts::resume(&Carried::of(&checkpoint.state, step)?, step)?)
 }
 
 /// The weights that `train.init_from` names: a safetensors file of a network's state, or a

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::TrainerError;
 use crate::bridge::ops::SumOverRanks;
 use crate::collective::{ProcessGroup, ReduceOp, Work};
+use crate::ledger::{PIECES, Part};
 use crate::loss::StepLoss;
 use crate::types::Rank;
 
@@ -72,7 +73,7 @@ impl Ranks {
     }
 }
 
-/// The small all-reduce at a step's end: loss terms, and a vote on stopping.
+/// The small all-reduce at a step's end: loss terms, what was fed, and a vote on stopping.
 ///
 /// Every rank reads the same sums after the same step, so all stop at the same one.
 pub struct Tail {
@@ -85,19 +86,27 @@ pub struct Tail {
 pub struct TailSums {
     /// The loss's terms over the whole batch.
     pub terms: Vec<f64>,
+    /// The unlabelled samples of the whole batch.
+    pub fed: Part,
     /// Whether any rank wants to stop.
     pub stop: bool,
 }
 
 impl Tail {
-    /// Starts it; the backward pass runs meanwhile.
+    /// Starts it; the backward pass runs meanwhile. `fed` is this rank's part of the batch.
     ///
     /// # Errors
     /// When a rank is lost.
-    pub fn start(loss: &StepLoss, stop: bool, ranks: &Ranks) -> Result<Self, TrainerError> {
+    pub fn start(
+        loss: &StepLoss,
+        fed: Part,
+        stop: bool,
+        ranks: &Ranks,
+    ) -> Result<Self, TrainerError> {
         let vote = Tensor::f_from_slice(&[f64::from(u8::from(stop))])?;
         let terms = loss.terms.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
-        let sums = Tensor::f_cat(&[terms, vote], 0)?;
+        let fed = Tensor::f_from_slice(&fed.pieces())?;
+        let sums = Tensor::f_cat(&[terms, fed, vote], 0)?;
         let work = match &ranks.host {
             Some(group) => Some(group.start_all_reduce(&sums, ReduceOp::Sum)?),
             None => None,
@@ -115,6 +124,11 @@ impl Tail {
         }
         let mut terms: Vec<f64> = Vec::<f64>::try_from(&self.sums)?;
         let stop = terms.pop().is_some_and(|votes| votes > 0.0);
-        Ok(TailSums { terms, stop })
+        let mut pieces = [0.0; PIECES];
+        let rest = terms.len().saturating_sub(PIECES);
+        for (piece, sum) in pieces.iter_mut().zip(terms.drain(rest..)) {
+            *piece = sum;
+        }
+        Ok(TailSums { terms, fed: Part::from_pieces(pieces), stop })
     }
 }

@@ -16,9 +16,10 @@ use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::{Dataset, Loader, LoaderPlan};
 use crate::eval::Summary;
 use crate::eval::report::{Record, RunEvent, RunHistory};
+use crate::ledger::{Attestation, Receipts};
 use crate::method::Method;
 use crate::model::{Ensemble, Heads, Sgd};
-use crate::proto::{Assignment, Doing, TrainerEvent};
+use crate::proto::{Assignment, Doing, LedgerStart, TrainerEvent};
 use crate::store::{Store, StoreOptions};
 use crate::types::{Backend, Rank, Step, WorldSize};
 
@@ -45,6 +46,8 @@ pub struct Trainer {
     pub(super) nets: Ensemble,
     pub(super) loader: Loader,
     pub(super) dataset: Dataset,
+    /// Of steps that the ledger is not known to hold.
+    pub(super) receipts: Receipts,
     pub(super) history: RunHistory,
     pub(super) summary: Option<Summary>,
     pub(super) run: Store,
@@ -79,11 +82,12 @@ impl Trainer {
         let device = device::open(assignment.backend, config.train.precision)?;
         let mut nets = ensemble(&config, &dataset, device)?;
         let mut history = RunHistory::default();
+        let mut receipts = Receipts::new();
         let mut step = Step(0);
         if let Some(checkpoint) = checkpoint {
             step = checkpoint.manifest.step;
             check_identity(&checkpoint.manifest, &config, &dataset)?;
-            super::persist::restore(&checkpoint, &mut nets, &mut history)?;
+            receipts = super::persist::restore(&checkpoint, &mut nets, &mut history)?;
             let world = assignment.world.0;
             history.push(Record::Event(RunEvent::Resumed { step: step.0, world }));
         } else if let Some(url) = &config.train.init_from {
@@ -119,6 +123,7 @@ impl Trainer {
             nets,
             loader,
             dataset,
+            receipts,
             history,
             summary: None,
             run,
@@ -132,6 +137,20 @@ impl Trainer {
             config,
             runtime,
         })
+    }
+
+    /// What the ledger needs to know of this start; rank 0 says it.
+    pub(super) fn attestation(&self) -> Result<Option<LedgerStart>, TrainerError> {
+        if self.rank != Rank(0) {
+            return Ok(None);
+        }
+        let attested = Attestation {
+            world: self.world,
+            dataset_sha256: self.dataset.digest().sha256.clone(),
+            deal: self.loader.deal().spec().clone(),
+            carried: self.receipts.carried(),
+        };
+        Ok(Some(attested.to_wire()?))
     }
 
     /// Has gradients averaged over the ranks for just the parameters that get one with `heads`.

@@ -11,7 +11,7 @@ use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
 use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, TrainerOrder};
-use crate::types::{Backend, Generation, NodeId, Rank, WorldSize};
+use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
 /// How often an agent gives a sign of life.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -218,6 +218,13 @@ async fn obey(
                 child.order(&TrainerOrder::CheckpointAndStop).await;
             }
         }
+        order::Kind::Recorded(recorded) => match trainer {
+            Some(child) if child.generation == Generation(recorded.generation) => {
+                let (lineage, step) = (Lineage(recorded.lineage), Step(recorded.step));
+                child.order(&TrainerOrder::Recorded { lineage, step }).await;
+            }
+            _ => tracing::debug!(generation = recorded.generation, "no such trainer to tell"),
+        },
         order::Kind::Finish(_) => {}
     }
     true

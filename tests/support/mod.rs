@@ -62,6 +62,16 @@ pub fn succeed(output: &Output) {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
 }
 
+/// What `cpcr audit` says of a run that must be sound.
+pub fn audited(run: &Path) -> serde_json::Value {
+    let output = Command::new(CPCR).args(["audit", "--json"]).arg(run).output().unwrap();
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["sound"], true, "{report}");
+    assert_eq!(report["dataset_checked"], true, "{report}");
+    report
+}
+
 /// A file of the checkpoint of `step`.
 pub fn checkpoint_file(run: &Path, step: u64, file: &str) -> PathBuf {
     let folder = run.join(format!("checkpoints/step-{step:08}"));

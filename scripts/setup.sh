@@ -12,7 +12,7 @@ readonly RUST_MINOR_MIN=92       # rust-version in Cargo.toml
 readonly DRIVER_MAJOR_MIN=580    # CUDA 13
 readonly COMPUTE_CAP_MIN=75      # CUDA 13: 7.5, Turing
 # Disk use while installing, in MB: the wheels and their unpacked files together, rounded up; CPU computed, the others estimated.
-readonly -A NEED_MB=([cpu]=2300 [cuda]=7500 [headers]=2500 [peers]=400 [peers_torch]=8000)
+readonly -A NEED_MB=([cpu]=2300 [cuda]=7500 [headers]=2500 [peers]=700 [peers_torch]=8000)
 
 usage() {
     cat <<'USAGE'
@@ -21,7 +21,7 @@ usage: scripts/setup.sh [--cpu | --cuda] [--nccl-headers] [--peers] [--peers-tor
   --cpu           the three wheels that a machine without an NVIDIA GPU needs (0.6 GB to download)
   --cuda          all CUDA 13 libraries (3.8 GB on disk); the default where an NVIDIA driver is found
   --nccl-headers  with --cpu: also the CUDA and NCCL headers, to compile (not run) the NCCL bridge
-  --peers         a Python environment for tests that talk to other people's software (moto, nibabel, numpy);
+  --peers         a Python environment for tests that talk to other people's software (moto, nibabel, pyarrow, numpy);
                   the last line printed is its python
   --peers-torch   the same with PyTorch and its CUDA libraries (some GB; to compare against it); implies --peers
   --quiet         say nothing unless something is fetched or wrong

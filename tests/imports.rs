@@ -5,8 +5,11 @@
 
 mod support;
 
+use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use cpcr::data::nifti::{Geometry, Voxels, write_file};
 use support::{CPCR, checkpoint_file, launch, succeed, text};
@@ -150,4 +153,152 @@ fn an_acdc_tree_is_imported_and_mistakes_are_told_in_one_line() {
     assert_eq!(output.status.code(), Some(1), "{told}");
     assert!(told.contains("patient003/Info.cfg") && told.trim_end().lines().count() == 1, "{told}");
     assert!(!folder.path().join("again/manifest.json").exists());
+}
+
+/// All files below `folder`, by path.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in std::fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(folder).unwrap().display().to_string();
+            // What the storage engine was writing when it was killed; it lists no such file.
+            if !name.contains('#') {
+                found.insert(name, std::fs::read(path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// Images of noise, 26 MB: a dozen shards of a MiB, as they are estimated.
+fn many_cases(folder: &Path) {
+    let mut state = 1_u32;
+    let noise = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32
+    };
+    let image: Vec<f32> = (0..SIDE * SIDE * SLICES + 96).map(noise).collect();
+    for case in 0..96 {
+        let voxels: Vec<f32> = image[case..].iter().take(SIDE * SIDE * SLICES).copied().collect();
+        let tall: Vec<f32> = voxels.repeat(22);
+        let path = folder.join(format!("images/c{case:03}.nii"));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let geometry = Geometry {
+            shape: [SIDE, SIDE, SLICES * 22, 1],
+            spacing_mm: Some([1.5, 1.5, 8.1]),
+            affine: None,
+        };
+        write_file(&path, &geometry, Voxels::Floats(&tall)).unwrap();
+    }
+}
+
+/// The process is killed outright, and the same command ends what it began: to the same bytes, without storing
+/// a shard twice. With another option it does not go on.
+#[test]
+fn an_import_that_is_killed_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    many_cases(folder.path());
+    let import = |out: &str| -> Vec<String> {
+        let words =
+            "data import --from nifti --in . --images images/{case}.nii --shard-mib 1 --out";
+        words.split(' ').chain([out]).map(str::to_owned).collect()
+    };
+    let run = |arguments: &[String]| {
+        Command::new(CPCR).current_dir(folder.path()).args(arguments).output().unwrap()
+    };
+    succeed(&run(&import("whole")));
+
+    let mut command = Command::new(CPCR);
+    let mut killed = command
+        .current_dir(folder.path())
+        .args(import("cut"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let third = folder.path().join("cut/import/00000003.json");
+    let begun = Instant::now();
+    while !third.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "no shard was stored");
+        assert!(killed.try_wait().unwrap().is_none(), "it ended before it could be killed");
+        std::thread::yield_now();
+    }
+    killed.kill().unwrap();
+    let mut told = String::new();
+    killed.stderr.take().unwrap().read_to_string(&mut told).unwrap();
+    assert_eq!(killed.wait().unwrap().code(), None, "{told}");
+    let cut = files(&folder.path().join("cut"));
+    assert!(!cut.contains_key("manifest.json"), "it was killed too late");
+    let stored = |path: &&String| {
+        let record = String::from_utf8_lossy(&cut[*path]);
+        path.starts_with("import/") && record.contains("\"stored\"")
+    };
+    let records: Vec<&String> = cut.keys().filter(stored).collect();
+    let shard = folder.path().join("cut/shards/train-00000.parquet");
+    let changed = || std::fs::metadata(&shard).unwrap().modified().unwrap();
+    let (records, first) = (records.len(), changed());
+
+    let refused = run(&[import("cut"), vec!["--block-rows".to_owned(), "4".to_owned()]].concat());
+    let told = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{told}");
+    assert!(told.contains("rows in a block was `8` and is `4`"), "{told}");
+    assert!(told.contains("another --out"), "{told}");
+
+    succeed(&run(&import("cut")));
+    assert!(records >= 2 && changed() == first, "{records} shards were recorded");
+    let (whole, cut) = (files(&folder.path().join("whole")), files(&folder.path().join("cut")));
+    assert_eq!(whole.keys().collect::<Vec<_>>(), cut.keys().collect::<Vec<_>>());
+    assert!(whole == cut, "the bytes differ");
+    assert!(whole.keys().filter(|path| path.ends_with(".parquet")).count() > 8);
+}
+
+/// What `info` and `verify` tell people, and programs.
+#[test]
+fn a_dataset_is_described_and_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    nnunet(&folder.path().join("Dataset902_Two"));
+    let import = ["data", "import", "--from", "nnunet", "--in", "Dataset902_Two", "--out", "data"];
+    succeed(&cpcr(folder.path(), &import));
+    let told = text(&cpcr(folder.path(), &["data", "info", "data"]).stdout);
+    for part in [
+        "classes: background, left, right",
+        "channels: T1, T2",
+        "train: 6 patients (6 labelled), 6 volumes (6 labelled), 18 slices",
+        "slices 8.000 / 8.000 / 8.000, rows 1.500",
+        "slice shapes in train, height x width (slices): 32x32 (18)",
+        "intensity of T1 in train, all pixels: least 0.0000",
+        "class left in 6 labelled training volumes: 10.547 % of pixels, 18 slices, 0 volumes without it",
+    ] {
+        assert!(told.contains(part), "`{part}` is not in\n{told}");
+    }
+    let info = json(&cpcr(folder.path(), &["data", "info", "--json", "data"]));
+    let left = &info["statistics"]["classes"][1];
+    // A rectangle of 12 x 9 pixels in each of 18 slices of 32 x 32.
+    assert_eq!(left["pixels"].as_u64(), Some(12 * 9 * 18));
+    assert_eq!(info["statistics"]["intensity"][0]["foreground"]["max"].as_f64(), Some(1.0));
+    std::fs::remove_file(folder.path().join("data/statistics.json")).unwrap();
+    let told = text(&cpcr(folder.path(), &["data", "info", "data"]).stdout);
+    assert!(told.contains("--scan"), "{told}");
+    let scanned = json(&cpcr(folder.path(), &["data", "info", "--scan", "--json", "data"]));
+    assert_eq!(scanned["statistics"]["classes"][1]["pixels"], left["pixels"]);
+    let mean =
+        |info: &serde_json::Value| info["statistics"]["intensity"][1]["all"]["mean"].as_f64();
+    assert!((mean(&scanned).unwrap() - mean(&info).unwrap()).abs() < 1e-12);
+
+    let verified = json(&cpcr(folder.path(), &["data", "verify", "--json", "data"]));
+    assert_eq!(verified["problems"].as_array().map(Vec::len), Some(0));
+    let path = folder.path().join("data/shards/val-00000.parquet");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+    let output = cpcr(folder.path(), &["data", "verify", "data"]);
+    assert_eq!(output.status.code(), Some(1));
+    let told = text(&output.stdout);
+    assert!(told.contains("shards/val-00000.parquet") && told.contains("1 problem"), "{told}");
 }

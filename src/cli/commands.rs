@@ -3,20 +3,18 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command as Process;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use super::compare::{self, CompareArguments};
-use super::import::{self, ImportArguments};
+use super::data::{self, Data};
 use super::run::{self, BackendArgument, Resume};
 use super::{Failure, audit, doctor, gpus, sibling, threads_each};
 use crate::checkpoint;
 use crate::config::{self, ConfigSource};
 use crate::coordinator::{LedgerPlace, events::Limits, service};
-use crate::data::{self, Dataset, synth};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
 use crate::types::NodeId;
@@ -169,40 +167,6 @@ struct S3Arguments {
 }
 
 #[derive(Debug, Subcommand)]
-enum Data {
-    /// Makes cardiac phantoms.
-    Synth {
-        /// Where the dataset goes.
-        #[arg(long)]
-        out: String,
-        /// Seed of every draw.
-        #[arg(long, default_value_t = 1)]
-        seed: u64,
-        /// Training patients.
-        #[arg(long)]
-        patients: Option<u32>,
-    },
-    /// Imports a dataset.
-    Import(Box<ImportArguments>),
-    /// Re-reads everything and checks every hash.
-    Verify {
-        /// The dataset.
-        url: String,
-        /// JSON on stdout.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Says what a dataset holds.
-    Info {
-        /// The dataset.
-        url: String,
-        /// JSON on stdout.
-        #[arg(long)]
-        json: bool,
-    },
-}
-
-#[derive(Debug, Subcommand)]
 enum Checkpoints {
     /// Lists them.
     Ls {
@@ -231,7 +195,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Coordinator(arguments) => coordinator(arguments).await,
         Command::Worker(arguments) => worker(arguments).await,
         Command::S3(arguments) => s3(arguments).await,
-        Command::Data(command) => dataset(command).await,
+        Command::Data(command) => data::run(command).await,
         Command::Checkpoints(command) => checkpoints(command).await,
         Command::Audit { run, json } => audit::audit(&run, json).await,
         Command::Doctor { store, json } => diagnose(store.as_deref(), json).await,
@@ -309,39 +273,6 @@ async fn s3(a: S3Arguments) -> Result<i32, Failure> {
     super::signals::interrupted().await;
     server.shutdown().await;
     Ok(EXIT_DONE)
-}
-
-async fn dataset(command: Data) -> Result<i32, Failure> {
-    match command {
-        Data::Synth { out, seed, patients } => {
-            let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
-            import::refuse_dataset(&store).await?;
-            let mut options = synth::SynthOptions { seed, ..Default::default() };
-            if let Some(patients) = patients {
-                options.train_patients = patients;
-            }
-            synth::write(Arc::new(store), &options, threads_each(1) as usize)
-                .await
-                .map_err(Failure::failed)?;
-            Ok(EXIT_DONE)
-        }
-        Data::Import(arguments) => import::import(*arguments).await,
-        Data::Verify { url, json } => {
-            let verified = data::report::verify(&open(&url)?, threads_each(1) as usize);
-            print(&verified, json)?;
-            Ok(if verified.is_sound() { EXIT_DONE } else { EXIT_FAILED })
-        }
-        Data::Info { url, json } => {
-            let info = data::report::info(&open(&url)?).map_err(Failure::failed)?;
-            print(&info, json)?;
-            Ok(EXIT_DONE)
-        }
-    }
-}
-
-fn open(url: &str) -> Result<Dataset, Failure> {
-    let store = Store::open(url, &StoreOptions::default().existing()).map_err(Failure::usage)?;
-    Dataset::open(Arc::new(store)).map_err(Failure::usage)
 }
 
 async fn checkpoints(command: Checkpoints) -> Result<i32, Failure> {

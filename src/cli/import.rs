@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 
-use super::{Failure, threads_each};
+use super::{Failure, meter, threads_each};
 use crate::data::DataError;
 use crate::data::import::Pattern;
 use crate::data::import::acdc::{self, AcdcTree};
 use crate::data::import::acdc_h5::{self, AcdcSource};
 use crate::data::import::nifti::{self, LabelMap, NiftiSource, SplitWishes};
 use crate::data::import::nnunet::{self, NnunetSource, NnunetSplit};
+use crate::data::write::Work;
 use crate::proto::EXIT_DONE;
 use crate::store::{Store, StoreOptions};
 
@@ -48,6 +49,20 @@ pub struct ImportArguments {
     volumes: VolumeArguments,
     #[command(flatten)]
     split: SplitArguments,
+    #[command(flatten)]
+    layout: LayoutArguments,
+}
+
+/// How a dataset is stored.
+#[derive(Debug, Default, PartialEq, clap::Args)]
+#[command(next_help_heading = "Layout")]
+pub struct LayoutArguments {
+    /// Slices in a block, which is what is fetched at once [default: 8].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    block_rows: Option<u32>,
+    /// About how large a shard is, in MiB [default: 64; the first shards are smaller].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    shard_mib: Option<u64>,
 }
 
 /// What is for NIfTI files, in whatever layout. Absent means the importer's own default.
@@ -117,51 +132,55 @@ const WISHES: [&str; 5] = ["val", "test", "seed", "val_patients", "test_patients
 /// # Errors
 /// [`Failure`]: choices that do not go together, files that cannot be used, or storage.
 pub async fn import(arguments: ImportArguments) -> Result<i32, Failure> {
-    let threads = threads_each(1) as usize;
     arguments.check()?;
-    let ImportArguments { from, input, out, lists, volumes, split } = arguments;
+    let ImportArguments { from, input, out, lists, volumes, split, layout } = arguments;
+    let work = layout.work();
+    let place = || {
+        let store = Store::open(&out, &StoreOptions::default()).map_err(Failure::usage)?;
+        Ok::<_, Failure>(Arc::new(store))
+    };
+    let _watch = meter::watch("import", "cases", &work.meter);
     match from {
         Form::AcdcH5 => {
             let source = AcdcSource { files: input, lists };
-            acdc_h5::import(&source, place(&out).await?, threads).await
+            acdc_h5::import(&source, place()?, &work).await
         }
         Form::Acdc => {
             let tree = volumes.acdc(split, input).map_err(Failure::usage)?;
-            acdc::import(&tree, place(&out).await?, threads).await
+            acdc::import(&tree, place()?, &work).await
         }
         Form::Nifti => {
             let source = volumes.nifti(split, input).map_err(Failure::usage)?;
-            nifti::import(&source, place(&out).await?, threads).await
+            nifti::import(&source, place()?, &work).await
         }
         Form::Nnunet => {
             let source = volumes.nnunet(split, input).map_err(Failure::usage)?;
-            nnunet::import(&source, place(&out).await?, threads).await
+            nnunet::import(&source, place()?, &work).await
         }
     }
-    .map_err(Failure::failed)?;
+    .map_err(|error| made(error, &out))?;
     Ok(EXIT_DONE)
 }
 
-/// Refuses to write where a dataset is: a write that fails half-way would leave neither the old one nor a
-/// new one.
-///
-/// # Errors
-/// [`Failure`] with status 2 where there is one.
-pub(super) async fn refuse_dataset(store: &Store) -> Result<(), Failure> {
-    if store.exists("manifest.json").await.map_err(Failure::failed)? {
-        return Err(Failure::usage(format!(
-            "{} holds a dataset already: give another --out, or remove that one first",
-            store.url()
-        )));
+/// A dataset that could not be made at `out`: nothing is written over what is there (status 2).
+pub(super) fn made(error: DataError, out: &str) -> Failure {
+    match error {
+        DataError::DatasetExists | DataError::ChangedImport(_) => {
+            Failure::usage(format!("{out}: {error}"))
+        }
+        other => Failure::failed(other),
     }
-    Ok(())
 }
 
-/// Where a dataset may go.
-async fn place(url: &str) -> Result<Arc<Store>, Failure> {
-    let store = Store::open(url, &StoreOptions::default()).map_err(Failure::usage)?;
-    refuse_dataset(&store).await?;
-    Ok(Arc::new(store))
+impl LayoutArguments {
+    /// On all of this machine's cores.
+    pub(super) fn work(&self) -> Work {
+        Work {
+            block_rows: self.block_rows,
+            shard_bytes: self.shard_mib.map(|mib| mib << 20),
+            ..Work::on(threads_each(1) as usize)
+        }
+    }
 }
 
 impl ImportArguments {
@@ -188,7 +207,7 @@ impl ImportArguments {
         let nothing = *volumes == VolumeArguments::default() && *split == SplitArguments::default();
         match self.from {
             Form::AcdcH5 if !nothing => {
-                Err(Failure::usage("--from acdc-h5 takes --in, --lists and --out only"))
+                Err(Failure::usage("--from acdc-h5 takes --in, --lists, --out and the layout only"))
             }
             Form::Nifti if volumes.labels.is_none() && !volumes.map.is_empty() => {
                 Err(Failure::usage("--map needs --labels"))

@@ -6,11 +6,13 @@
 pub mod audit;
 pub mod commands;
 pub mod compare;
+pub mod data;
 pub mod doctor;
 pub mod gpus;
 pub mod import;
 pub mod launch;
 pub mod local;
+mod meter;
 pub mod run;
 pub mod signals;
 

@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use super::{Failure, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::synth::{self, SynthOptions};
+use crate::data::write::Work;
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::Backend;
 
@@ -107,8 +108,8 @@ pub async fn phantoms(data: Store) -> Result<(), Failure> {
         return Ok(());
     }
     tell("making the dataset: synthetic cardiac phantoms");
-    let threads = threads_each(1) as usize;
-    let made = synth::write(Arc::new(data), &SynthOptions::default(), threads).await;
+    let work = Work::on(threads_each(1) as usize);
+    let made = synth::write(Arc::new(data), &SynthOptions::default(), &work).await;
     made.map(|_| ()).map_err(Failure::failed)
 }
 

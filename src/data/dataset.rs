@@ -28,6 +28,9 @@ use crate::types::ObjectDigest;
 /// Footers kept parsed. A rank walks a few stretches, each within one shard at a time.
 const FOOTERS_MAX: usize = 64;
 
+/// Volume tables kept parsed, a few MB each.
+const TABLES_MAX: usize = 4;
+
 /// Blocks fetched side by side by one call.
 const FETCHES_MAX: usize = 8;
 
@@ -102,6 +105,8 @@ struct Inner {
     splits: [SplitBlocks; 3],
     /// Most recently used last.
     open: Mutex<VecDeque<(usize, Arc<OpenShard>)>>,
+    /// Volume tables by number, the newest first.
+    tables: Mutex<Vec<(usize, Arc<Vec<VolumeEntry>>)>>,
 }
 
 /// A dataset whose manifest has been read and checked. Cheap to clone.
@@ -140,8 +145,9 @@ impl Dataset {
             shards.push((first, number));
         }
         let digest = ObjectDigest::of(&bytes);
-        let open = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { reader, runtime, manifest, digest, splits, open }) })
+        let (open, tables) = (Mutex::default(), Mutex::default());
+        let inner = Inner { reader, runtime, manifest, digest, splits, open, tables };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// What the dataset says about itself.
@@ -154,15 +160,51 @@ impl Dataset {
         &self.inner.digest
     }
 
-    /// The volumes of `split`, in list order.
+    /// The volumes of `split`, in list order. Fetches no table.
     pub fn volumes(&self, split: Split) -> Vec<VolumeId> {
-        self.manifest().volumes_of(split).map(|(id, _)| id).collect()
+        let manifest = self.manifest();
+        let tabled = (VolumeId::TABLED_FIRST..).take(manifest.tabled_count(split)).map(VolumeId);
+        manifest.volumes_of(split).map(|(id, _)| id).chain(tabled).collect()
     }
 
-    /// A volume's entry in the manifest.
-    pub fn volume_entry(&self, id: VolumeId) -> Result<&VolumeEntry, DataError> {
-        let entry = self.manifest().volumes.get(id.0 as usize);
+    /// A volume's entry, from the manifest or from its table.
+    pub fn volume_entry(&self, id: VolumeId) -> Result<VolumeEntry, DataError> {
+        let entry = match self.manifest().tabled(id) {
+            Some((table, place)) => self.table(table)?.get(place).cloned(),
+            None => self.manifest().volumes.get(id.0 as usize).cloned(),
+        };
         entry.ok_or_else(|| DataError::Unusable(format!("there is no volume number {}", id.0)))
+    }
+
+    /// The volumes that a table lists; the last few tables are kept.
+    pub(super) fn table(&self, number: usize) -> Result<Arc<Vec<VolumeEntry>>, DataError> {
+        let kept = || self.inner.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, found)) = kept().iter().find(|(kept, _)| *kept == number) {
+            return Ok(Arc::clone(found));
+        }
+        let inner = Arc::clone(&self.inner);
+        let bytes = wait(&self.inner.runtime, &StopFlag::default(), async move {
+            let table = &inner.manifest.tables[number];
+            verified(&inner, &table.object, None, &table.digest, "the table").await
+        })??;
+        let found = Arc::new(self.manifest().tables[number].parse(&bytes)?);
+        let mut kept = kept();
+        kept.truncate(TABLES_MAX - 1);
+        kept.insert(0, (number, Arc::clone(&found)));
+        Ok(found)
+    }
+
+    /// An object beside the shards that no digest seals; `None` where there is none.
+    pub(super) fn beside(&self, object: &'static str) -> Result<Option<Bytes>, DataError> {
+        let reader = Arc::clone(&self.inner.reader);
+        let fetched = wait(&self.inner.runtime, &StopFlag::default(), async move {
+            reader.get(object).await.map_err(|error| DataError::read(object, error))
+        })?;
+        match fetched {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(DataError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Fetches a volume, its slices in anatomical order.
@@ -181,7 +223,7 @@ impl Dataset {
             .map(|(_, row)| row)
             .collect();
         rows.sort_by_key(|row| row.slice);
-        assemble(id, entry, rows)
+        assemble(id, &entry, rows)
     }
 
     /// Fetches, verifies and decodes blocks of `split`; in the order asked for.
@@ -208,8 +250,13 @@ impl Dataset {
             .collect()
     }
 
-    /// Re-reads every object of a shard in full and compares all hashes with the manifest.
-    pub(crate) fn verify_shard(&self, number: usize) -> Result<u64, DataError> {
+    /// Re-reads every object of a shard in full and compares all hashes with the manifest; `look` is shown
+    /// every row, in order, and says what is wrong with it.
+    pub(crate) fn verify_shard(
+        &self,
+        number: usize,
+        mut look: impl FnMut(&SliceRow) -> Result<(), String>,
+    ) -> Result<u64, DataError> {
         let inner = Arc::clone(&self.inner);
         let (shard, bytes) = wait(&self.inner.runtime, &StopFlag::default(), async move {
             let shard = open_shard(&inner, number).await?;
@@ -224,7 +271,9 @@ impl Dataset {
             if !group.digest.matches(&bytes) {
                 return Err(DataError::invalid(&shard.index.object, "the index has other hashes"));
             }
-            self.decode(&shard, number, bytes)?;
+            for row in self.decode(&shard, number, bytes)? {
+                look(&row).map_err(|why| DataError::invalid(&shard.index.object, why))?;
+            }
         }
         Ok(bytes.len() as u64)
     }

@@ -8,7 +8,7 @@ use super::*;
 use crate::data::report::{info, verify};
 use crate::data::source::{FolderObjects, MemoryObjects, SourceError};
 use crate::data::synth::SynthOptions;
-use crate::data::write::{DatasetWriter, NewSlice, NewVolume, WriteOptions};
+use crate::data::write::{DatasetWriter, NewSlice, NewVolume, Work, WriteOptions};
 
 fn volume(name: &str, split: Split, slices: u32, labelled: bool) -> NewVolume {
     let slice = |n: u32| NewSlice {
@@ -229,7 +229,7 @@ fn a_folder_serves_what_memory_serves_also_from_within_a_runtime() {
         SynthOptions { train_patients: 2, val_patients: 1, test_patients: 1, ..Default::default() };
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
-        crate::data::synth::write(objects.clone(), &options, 2).await.unwrap();
+        crate::data::synth::write(objects.clone(), &options, &Work::on(2)).await.unwrap();
         let dataset = Dataset::open(objects).unwrap();
         let test = dataset.volumes(Split::Test);
         assert_eq!(test.len(), 2);

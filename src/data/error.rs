@@ -70,6 +70,20 @@ pub enum DataError {
     /// What was asked for does not exist in this dataset: change the settings.
     #[error("{0}")]
     Unusable(String),
+    /// Nothing is written over a dataset: choose another place, or remove it first.
+    #[error(
+        "the destination holds a dataset already: give another --out, or remove that one first"
+    )]
+    DatasetExists,
+    /// The destination holds the beginning of another dataset: undo the change, or begin anew elsewhere.
+    #[error(
+        "the destination holds a part of an import of something else: {0}. Undo that, give another --out, or \
+         remove the destination to begin anew"
+    )]
+    ChangedImport(String),
+    /// Somebody else writes the same dataset to the same place, and was faster.
+    #[error("another import writes to the same destination: {0}. This one stops")]
+    AnotherImport(String),
     /// The batch cannot be dealt that way: change batch sizes or the number of workers.
     #[error(transparent)]
     Deal(#[from] DealError),

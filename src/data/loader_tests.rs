@@ -22,7 +22,12 @@ fn stored() -> Arc<MemoryObjects> {
         slices: (4, 6),
         ..SynthOptions::default()
     };
-    futures::executor::block_on(synth::write(objects.clone(), &options, 2)).unwrap();
+    futures::executor::block_on(synth::write(
+        objects.clone(),
+        &options,
+        &crate::data::write::Work::on(2),
+    ))
+    .unwrap();
     objects
 }
 

@@ -6,7 +6,8 @@
 //!
 //! Rows are numbered per split, in list order, from zero. The training split lists labelled
 //! volumes before unlabelled ones, so "the first K labelled patients" and "the rest" are both
-//! ranges of rows. All blocks (row groups) of a split hold `block_rows` rows, but the last one.
+//! ranges of rows, and a trainer needs to know none of the unlabelled ones: a large pool's are in
+//! [`super::tables`]. All blocks (row groups) of a split hold `block_rows` rows, but the last one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -16,11 +17,16 @@ use serde::{Deserialize, Serialize};
 
 use super::error::DataError;
 use super::preprocess::Preprocessing;
+use super::tables::{self, VolumeTable};
 use crate::types::ObjectDigest;
 
-/// The newest format this program reads. Images of one channel are still written as format 1, byte
-/// for byte what they were; those of several are format 2, which an older program refuses by name.
-pub const FORMAT: u32 = 2;
+/// The newest format this program reads. What an older one can mean is still written as it was, byte for
+/// byte: images of one channel as format 1, those of several as format 2. Format 3 has volume tables.
+/// An older program refuses what it does not know by name.
+pub const FORMAT: u32 = 3;
+
+/// The oldest format with [`VolumeTable`]s.
+pub(crate) const FORMAT_TABLES: u32 = 3;
 
 /// The most channels that an image has.
 pub const CHANNELS_MAX: usize = 64;
@@ -65,10 +71,16 @@ impl fmt::Display for Split {
     }
 }
 
-/// A volume's place in [`Manifest::volumes`].
+/// A volume's number: its place in [`Manifest::volumes`], or [`Self::TABLED_FIRST`] and its place among those
+/// that are in tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct VolumeId(pub u32);
+
+impl VolumeId {
+    /// The number of the first volume that is in a table: half of all numbers.
+    pub const TABLED_FIRST: u32 = 1 << 31;
+}
 
 /// One volume: slices of one patient at one time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -138,8 +150,11 @@ pub struct Manifest {
     pub block_rows: u64,
     /// Shards, the splits one after the other, rows in order.
     pub shards: Vec<ShardEntry>,
-    /// Volumes in list order.
+    /// Volumes in list order: all but those in tables.
     pub volumes: Vec<VolumeEntry>,
+    /// Where the unlabelled training volumes are that follow those in `volumes`, in a large pool.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tables: Vec<VolumeTable>,
 }
 
 /// One row group of a shard.
@@ -169,7 +184,7 @@ pub struct ShardIndex {
 }
 
 /// Refuses a newer format before the rest is parsed: a newer one may not parse at all.
-fn check_format(object: &str, bytes: &[u8]) -> Result<(), DataError> {
+pub(super) fn check_format(object: &str, bytes: &[u8], supported: u32) -> Result<(), DataError> {
     #[derive(Deserialize)]
     struct Format {
         format: u32,
@@ -178,8 +193,8 @@ fn check_format(object: &str, bytes: &[u8]) -> Result<(), DataError> {
         serde_json::from_slice(bytes).map_err(|error| DataError::invalid(object, error))?;
     match format {
         0 => Err(DataError::invalid(object, "format 0 never existed")),
-        found if found > FORMAT => {
-            Err(DataError::NewerFormat { object: object.to_owned(), found, supported: FORMAT })
+        found if found > supported => {
+            Err(DataError::NewerFormat { object: object.to_owned(), found, supported })
         }
         _ => Ok(()),
     }
@@ -189,7 +204,7 @@ impl ShardIndex {
     /// Reads an index and checks it against the shard it is of.
     pub fn parse(bytes: &[u8], shard: &ShardEntry, block_rows: u64) -> Result<Self, DataError> {
         let object = shard.index.as_str();
-        check_format(object, bytes)?;
+        check_format(object, bytes, FORMAT)?;
         let index: Self =
             serde_json::from_slice(bytes).map_err(|error| DataError::invalid(object, error))?;
         let why = |why: &str| Err(DataError::invalid(object, why));
@@ -223,7 +238,7 @@ impl ShardIndex {
 impl Manifest {
     /// Reads and checks `manifest.json`.
     pub fn parse(bytes: &[u8]) -> Result<Self, DataError> {
-        check_format(MANIFEST_PATH, bytes)?;
+        check_format(MANIFEST_PATH, bytes, FORMAT)?;
         let manifest: Self = serde_json::from_slice(bytes)
             .map_err(|error| DataError::invalid(MANIFEST_PATH, error))?;
         manifest.check().map_err(|why| DataError::invalid(MANIFEST_PATH, why))?;
@@ -250,7 +265,7 @@ impl Manifest {
         self.shards.iter().filter(move |shard| shard.split == split)
     }
 
-    /// Volumes of a split, in list order.
+    /// Volumes of a split that are not in tables, in list order.
     pub fn volumes_of(&self, split: Split) -> impl Iterator<Item = (VolumeId, &VolumeEntry)> {
         let numbered = self.volumes.iter().enumerate();
         numbered
@@ -302,6 +317,9 @@ impl Manifest {
         if self.format < format_for(self.channels.len()) {
             return Err(format!("{} channels in format {}", self.channels.len(), self.format));
         }
+        if !self.tables.is_empty() && self.format < FORMAT_TABLES {
+            return Err(format!("volume tables in format {}", self.format));
+        }
         self.check_shards()?;
         self.check_volumes()?;
         self.check_patients()
@@ -341,11 +359,12 @@ impl Manifest {
                 }
                 unlabelled |= !volume.labelled;
             }
-            if next != self.rows(split) {
-                return Err(format!(
-                    "{split}: volumes have {next} rows, shards {}",
-                    self.rows(split)
-                ));
+            if split == Split::Train {
+                next = tables::check(&self.tables, next)?;
+            }
+            let rows = self.rows(split);
+            if next != rows {
+                return Err(format!("{split}: volumes have {next} rows, shards {rows}"));
             }
         }
         Ok(())
@@ -380,84 +399,5 @@ pub(crate) fn to_json<T: Serialize>(object: &str, value: &T) -> Result<Vec<u8>, 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn volume(name: &str, patient: &str, split: Split, labelled: bool, first: u64) -> VolumeEntry {
-        VolumeEntry {
-            name: name.to_owned(),
-            patient: patient.to_owned(),
-            split,
-            labelled,
-            spacing_mm: None,
-            affine: None,
-            first_row: first,
-            slices: 2,
-        }
-    }
-
-    fn shard(split: Split, rows: u64) -> ShardEntry {
-        let digest = ObjectDigest::of(b"x");
-        ShardEntry {
-            split,
-            object: format!("shards/{split}-00000.parquet"),
-            digest: digest.clone(),
-            rows,
-            index: format!("shards/{split}-00000.index.json"),
-            index_digest: digest,
-        }
-    }
-
-    fn manifest() -> Manifest {
-        Manifest {
-            format: FORMAT,
-            name: "test".to_owned(),
-            classes: vec!["background".to_owned(), "heart".to_owned()],
-            preprocessing: Preprocessing::default(),
-            channels: Vec::new(),
-            block_rows: 4,
-            shards: vec![shard(Split::Train, 8), shard(Split::Val, 2)],
-            volumes: vec![
-                volume("a1", "a", Split::Train, true, 0),
-                volume("b1", "b", Split::Train, true, 2),
-                volume("a2", "a", Split::Train, false, 4),
-                volume("c1", "c", Split::Train, false, 6),
-                volume("d1", "d", Split::Val, true, 0),
-            ],
-        }
-    }
-
-    fn refused(change: impl Fn(&mut Manifest)) -> String {
-        let mut manifest = manifest();
-        change(&mut manifest);
-        Manifest::parse(&manifest.to_bytes().unwrap()).unwrap_err().to_string()
-    }
-
-    #[test]
-    fn it_survives_a_round_trip_and_names_its_pools() {
-        let manifest = Manifest::parse(&manifest().to_bytes().unwrap()).unwrap();
-        assert_eq!(manifest, self::manifest());
-        assert_eq!(manifest.labelled_patients(), ["a", "b"]);
-        assert_eq!(manifest.pools(0).unwrap(), (0..0, 0..8));
-        assert_eq!(manifest.pools(1).unwrap(), (0..2, 2..8));
-        assert_eq!(manifest.pools(2).unwrap(), (0..4, 4..8));
-        assert!(matches!(manifest.pools(3), Err(DataError::Unusable(_))));
-    }
-
-    #[test]
-    fn a_newer_format_is_refused_by_name_even_if_it_does_not_parse() {
-        let error = Manifest::parse(br#"{"format": 3, "fields": "unknown"}"#).unwrap_err();
-        assert!(matches!(error, DataError::NewerFormat { found: 3, supported: 2, .. }), "{error}");
-    }
-
-    #[test]
-    fn what_does_not_add_up_is_refused() {
-        assert!(refused(|m| m.volumes[4].patient = "a".into()).contains("patient `a`"));
-        assert!(refused(|m| m.volumes[1].first_row = 3).contains("next in line"));
-        assert!(refused(|m| m.volumes[0].labelled = false).contains("has labels"));
-        assert!(refused(|m| m.volumes[1].name = "a1".into()).contains("two volumes"));
-        assert!(refused(|m| m.shards[0].rows = 9).contains("rows"));
-        assert!(refused(|m| m.block_rows = 0).contains("block_rows"));
-        assert!(Manifest::parse(b"[]").is_err());
-    }
-}
+#[path = "manifest_tests.rs"]
+mod tests;

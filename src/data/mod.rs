@@ -20,8 +20,10 @@ pub mod report;
 pub mod sampler;
 pub mod shard;
 pub mod source;
+pub mod statistics;
 mod stored;
 pub mod synth;
+mod tables;
 pub mod write;
 
 pub use dataset::{Dataset, Volume};

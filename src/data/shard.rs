@@ -110,7 +110,10 @@ pub fn encode(
         // What Arrow's 32-bit offsets can tell apart; it would panic.
         let image_bytes: usize = block.iter().map(|row| row.image.len() * size_of::<f32>()).sum();
         if image_bytes > i32::MAX as usize {
-            let why = format!("{} slices of {image_bytes} bytes are no block", block.len());
+            let why = format!(
+                "{} slices of {image_bytes} bytes are no block: take fewer rows (--block-rows)",
+                block.len()
+            );
             return Err(DataError::invalid(object, why));
         }
         let batch = to_batch(block, channels).map_err(|error| DataError::invalid(object, error))?;

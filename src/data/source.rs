@@ -1,6 +1,6 @@
 //! The seam to storage: two small traits, a folder and a map in memory that implement them.
 //!
-//! Not a storage layer: no retries, no caching, no listing. `store::Store` has those and is
+//! Not a storage layer: no retries, no caching. `store::Store` has those and is
 //! plugged in behind the same traits.
 
 use std::collections::BTreeMap;
@@ -47,10 +47,20 @@ pub trait ObjectReader: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Bytes, SourceError>>;
 }
 
-/// Writes whole objects.
-pub trait ObjectWriter: Send + Sync + 'static {
+/// Writes whole objects, and looks at what is there.
+pub trait ObjectWriter: ObjectReader {
     /// Stores `bytes` under `path`; when this returns, a reader sees all of them.
     fn put<'a>(&'a self, path: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), SourceError>>;
+    /// Stores `bytes` under `path` unless something else is there; `false` where it is.
+    fn create<'a>(
+        &'a self,
+        path: &'a str,
+        bytes: Bytes,
+    ) -> BoxFuture<'a, Result<bool, SourceError>>;
+    /// Paths of all objects in `folder`, sorted.
+    fn list<'a>(&'a self, folder: &'a str) -> BoxFuture<'a, Result<Vec<String>, SourceError>>;
+    /// Removes `path`, if it is there.
+    fn delete<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<(), SourceError>>;
 }
 
 /// Objects in memory, for tests and for datasets that never leave the process.
@@ -110,6 +120,27 @@ impl ObjectWriter for MemoryObjects {
         self.lock().insert(path.to_owned(), bytes);
         Box::pin(async { Ok(()) })
     }
+
+    fn create<'a>(
+        &'a self,
+        path: &'a str,
+        bytes: Bytes,
+    ) -> BoxFuture<'a, Result<bool, SourceError>> {
+        let created = *self.lock().entry(path.to_owned()).or_insert(bytes.clone()) == bytes;
+        Box::pin(async move { Ok(created) })
+    }
+
+    fn list<'a>(&'a self, folder: &'a str) -> BoxFuture<'a, Result<Vec<String>, SourceError>> {
+        let inside =
+            |path: &String| path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+        let paths = self.paths().into_iter().filter(inside).collect();
+        Box::pin(async { Ok(paths) })
+    }
+
+    fn delete<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<(), SourceError>> {
+        self.lock().remove(path);
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// Objects as files of one local folder.
@@ -143,14 +174,37 @@ fn read_range(file: &Path, range: Range<u64>) -> Result<Bytes, SourceError> {
     Ok(bytes.into())
 }
 
-fn write_whole(file: &Path, bytes: &[u8]) -> Result<(), SourceError> {
+/// `bytes` in a file that has no name yet, in the folder of `file`.
+fn written_beside(file: &Path, bytes: &[u8]) -> Result<tempfile::NamedTempFile, SourceError> {
     let folder = file.parent().unwrap_or_else(|| Path::new("."));
     std::fs::create_dir_all(folder)?;
     // A reader sees the whole object or none: write beside it, then rename.
     let mut partial = tempfile::NamedTempFile::new_in(folder)?;
     std::io::Write::write_all(&mut partial, bytes)?;
-    partial.persist(file).map_err(|error| SourceError::from(error.error))?;
-    Ok(())
+    Ok(partial)
+}
+
+fn create_whole(file: &Path, bytes: &[u8]) -> Result<bool, SourceError> {
+    match written_beside(file, bytes)?.persist_noclobber(file) {
+        Ok(_) => Ok(true),
+        Err(error) if error.error.kind() == std::io::ErrorKind::AlreadyExists => {
+            Ok(std::fs::read(file)? == bytes)
+        }
+        Err(error) => Err(error.error.into()),
+    }
+}
+
+fn paths_in(root: &Path, folder: &str) -> Result<Vec<String>, SourceError> {
+    let entries = match std::fs::read_dir(root.join(folder)) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+        Ok(format!("{folder}/{}", entry?.file_name().to_string_lossy()))
+    };
+    let mut paths = entries.map(name).collect::<std::io::Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
 }
 
 impl ObjectReader for FolderObjects {
@@ -169,6 +223,31 @@ impl ObjectReader for FolderObjects {
 
 impl ObjectWriter for FolderObjects {
     fn put<'a>(&'a self, path: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), SourceError>> {
-        Box::pin(async move { write_whole(&self.file(path)?, &bytes) })
+        Box::pin(async move {
+            let file = self.file(path)?;
+            written_beside(&file, &bytes)?.persist(file).map_err(|error| error.error)?;
+            Ok(())
+        })
+    }
+
+    fn create<'a>(
+        &'a self,
+        path: &'a str,
+        bytes: Bytes,
+    ) -> BoxFuture<'a, Result<bool, SourceError>> {
+        Box::pin(async move { create_whole(&self.file(path)?, &bytes) })
+    }
+
+    fn list<'a>(&'a self, folder: &'a str) -> BoxFuture<'a, Result<Vec<String>, SourceError>> {
+        Box::pin(async move { paths_in(&self.root, folder) })
+    }
+
+    fn delete<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<(), SourceError>> {
+        Box::pin(async move {
+            match std::fs::remove_file(self.file(path)?) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+                _ => Ok(()),
+            }
+        })
     }
 }

@@ -7,7 +7,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use super::source::{ObjectReader, ObjectWriter, SourceError};
-use crate::store::{Store, StoreError};
+use crate::store::{Created, Store, StoreError};
 
 impl From<StoreError> for SourceError {
     fn from(error: StoreError) -> Self {
@@ -32,5 +32,25 @@ impl ObjectReader for Store {
 impl ObjectWriter for Store {
     fn put<'a>(&'a self, path: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), SourceError>> {
         async move { Ok(Store::put(self, path, bytes).await?) }.boxed()
+    }
+
+    fn create<'a>(
+        &'a self,
+        path: &'a str,
+        bytes: Bytes,
+    ) -> BoxFuture<'a, Result<bool, SourceError>> {
+        async move { Ok(Store::create(self, path, bytes).await? == Created::New) }.boxed()
+    }
+
+    fn list<'a>(&'a self, folder: &'a str) -> BoxFuture<'a, Result<Vec<String>, SourceError>> {
+        let paths = async move {
+            let objects = Store::list(self, folder).await?;
+            Ok(objects.into_iter().map(|object| object.path).collect())
+        };
+        paths.boxed()
+    }
+
+    fn delete<'a>(&'a self, path: &'a str) -> BoxFuture<'a, Result<(), SourceError>> {
+        async move { Ok(Store::delete(self, path).await?) }.boxed()
     }
 }

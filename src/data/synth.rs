@@ -10,14 +10,11 @@
 mod draw;
 
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::error::DataError;
 use super::manifest::{Manifest, Split};
 use super::source::ObjectWriter;
-use super::write::{DatasetWriter, NewVolume, WriteOptions};
+use super::write::{self, NewVolume, Plan, Work, WriteOptions};
 
 /// What to make. The default is the built-in demonstration: made in a second or two.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,49 +107,21 @@ pub fn patient(options: &SynthOptions, patient: u32) -> [NewVolume; 2] {
     })
 }
 
-/// Makes a dataset of phantoms, on up to `threads` threads.
+/// Makes a dataset of phantoms; goes on with one that was begun with the same options.
 pub async fn write(
     sink: Arc<dyn ObjectWriter>,
     options: &SynthOptions,
-    threads: usize,
+    work: &Work,
 ) -> Result<Manifest, DataError> {
-    /// Patients drawn before they are written: what bounds memory.
-    const CHUNK: u32 = 64;
     options.check()?;
     let mut layout = WriteOptions::new("cardiac phantoms", &CLASSES);
     layout.block_rows = options.block_rows;
     layout.zstd_level = 1;
-    let mut writer = DatasetWriter::new(sink, layout)?;
     let patients = options.train_patients + options.val_patients + options.test_patients;
-    for start in (0..patients).step_by(CHUNK as usize) {
-        let end = (start + CHUNK).min(patients);
-        for volume in draw_patients(options, start, end, threads) {
-            writer.add(volume).await?;
-        }
-    }
-    writer.finish().await
-}
-
-fn draw_patients(options: &SynthOptions, start: u32, end: u32, threads: usize) -> Vec<NewVolume> {
-    let next = AtomicU32::new(start);
-    let done: Mutex<Vec<(u32, [NewVolume; 2])>> = Mutex::default();
-    std::thread::scope(|scope| {
-        for _ in 0..threads.max(1) {
-            scope.spawn(|| {
-                loop {
-                    let number = next.fetch_add(1, Ordering::SeqCst);
-                    if number >= end {
-                        return;
-                    }
-                    let volumes = patient(options, number);
-                    done.lock().unwrap_or_else(PoisonError::into_inner).push((number, volumes));
-                }
-            });
-        }
-    });
-    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.sort_by_key(|(number, _)| *number);
-    done.into_iter().flat_map(|(_, volumes)| volumes).collect()
+    let plan = Plan::new([("phantoms", format!("{options:?}"))]);
+    let options = options.clone();
+    let draw = move |number: &u32| Ok(patient(&options, *number).to_vec());
+    write::write(sink, &layout.sized(work), plan, (0..patients).collect(), draw, work).await
 }
 
 #[cfg(test)]
@@ -189,7 +158,8 @@ mod tests {
         let made = [1, 3].map(|threads| {
             let sink = Arc::new(MemoryObjects::default());
             let options = SynthOptions { labelled_patients: Some(2), ..small() };
-            let write = write(sink.clone(), &options, threads);
+            let work = Work::on(threads);
+            let write = write(sink.clone(), &options, &work);
             (futures::executor::block_on(write).unwrap(), sink)
         });
         assert_eq!(made[0].0, made[1].0);

@@ -19,6 +19,7 @@ use super::read_small;
 use crate::data::error::DataError;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
+use crate::data::write::Work;
 
 /// The largest `Info.cfg` that is read; they have about 80 bytes.
 const INFO_BYTES_MAX: u64 = 1 << 16;
@@ -60,7 +61,7 @@ impl AcdcTree {
     }
 }
 
-/// Imports a tree. Reads up to `threads` volumes side by side.
+/// Imports a tree. Reads several volumes side by side.
 ///
 /// # Errors
 /// [`DataError::Import`] with the name of the file that is missing, odd or damaged;
@@ -68,7 +69,7 @@ impl AcdcTree {
 pub async fn import(
     tree: &AcdcTree,
     sink: Arc<dyn ObjectWriter>,
-    threads: usize,
+    work: &Work,
 ) -> Result<Manifest, DataError> {
     let classes = match tree.classes.as_slice() {
         [] => CLASSES.map(str::to_owned).to_vec(),
@@ -83,7 +84,7 @@ pub async fn import(
         axis: tree.axis,
         intensity: tree.intensity,
     };
-    cases::write(&recipe, plan(tree)?, sink, threads).await
+    cases::write(recipe, &tree.folder, plan(tree)?, sink, work).await
 }
 
 /// All cases, divided.

@@ -7,18 +7,17 @@
 //! Files come from outside and may be damaged: sizes are checked before memory is taken, and
 //! whatever the parser does with them ends as an error that names the file.
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hdf5_reader::{Hdf5File, OpenOptions};
 
-use super::{read_small, side_by_side};
+use super::read_small;
 use crate::data::error::DataError;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
-use crate::data::write::{DatasetWriter, NewSlice, NewVolume, WriteOptions};
+use crate::data::write::{self, NewSlice, NewVolume, Plan, PlannedCase, Work, WriteOptions};
 
 /// Class names by label value.
 pub const CLASSES: [&str; 4] = ["background", "right ventricle", "myocardium", "left ventricle"];
@@ -38,14 +37,14 @@ pub struct AcdcSource {
     pub lists: Option<PathBuf>,
 }
 
-/// Imports what `train_slices.list`, `val.list` and, if there is one, `test.list` name. Reads
-/// files on up to `threads` threads.
+/// Imports what `train_slices.list`, `val.list` and, if there is one, `test.list` name. Reads several
+/// volumes side by side.
 pub async fn import(
     source: &AcdcSource,
     sink: Arc<dyn ObjectWriter>,
-    threads: usize,
+    work: &Work,
 ) -> Result<Manifest, DataError> {
-    let mut plans = VecDeque::from(train_volumes(&source.list("train_slices.list")?)?);
+    let mut plans = train_volumes(&source.list("train_slices.list")?)?;
     for (list, split) in [("val.list", Split::Val), ("test.list", Split::Test)] {
         match source.list(list) {
             Ok(names) => plans.extend(whole_volumes(&names, split)?),
@@ -53,16 +52,15 @@ pub async fn import(
             Err(error) => return Err(error),
         }
     }
-    let mut writer = DatasetWriter::new(sink, WriteOptions::new("ACDC (SSL4MIS)", &CLASSES))?;
     let folders = source.folders();
-    while !plans.is_empty() {
-        // A few volumes at a time: what bounds memory.
-        let chunk: Vec<VolumePlan> = plans.drain(..plans.len().min(threads.max(1) * 2)).collect();
-        for volume in side_by_side(&chunk, threads, |plan| read_volume(&folders, plan)) {
-            writer.add(volume?).await?;
-        }
-    }
-    writer.finish().await
+    let planned = plans.iter().map(|plan| {
+        let files = plan.files(&folders)?;
+        Ok(PlannedCase { name: &plan.name, patient: &plan.patient, split: plan.split, files })
+    });
+    let plan = Plan::new([]).reading(&source.files, planned)?;
+    let options = WriteOptions::new("ACDC (SSL4MIS)", &CLASSES).sized(work);
+    let read = move |plan: &VolumePlan| Ok(vec![read_volume(&folders, plan)?]);
+    write::write(sink, &options, plan, plans, read, work).await
 }
 
 /// A volume and the files it is in.
@@ -158,18 +156,29 @@ fn patient_of(volume: &str) -> Option<&str> {
     volume.split_once("_frame").map(|(patient, _)| patient).filter(|patient| !patient.is_empty())
 }
 
+/// The file `name` in one of `folders`.
+fn find(folders: &[PathBuf], name: &str) -> Result<PathBuf, DataError> {
+    let name = format!("{name}.h5");
+    let paths = folders.iter().map(|folder| folder.join(&name));
+    paths
+        .clone()
+        .find(|path| path.is_file())
+        .ok_or_else(|| bad(&folders[0].join(&name), "a list names it, and it is not there"))
+}
+
+impl VolumePlan {
+    fn files(&self, folders: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
+        match &self.files {
+            Files::Whole => Ok(vec![find(folders, &self.name)?]),
+            Files::Slices(names) => names.iter().map(|(_, name)| find(folders, name)).collect(),
+        }
+    }
+}
+
 fn read_volume(folders: &[PathBuf], plan: &VolumePlan) -> Result<NewVolume, DataError> {
-    let file = |name: &str| {
-        let name = format!("{name}.h5");
-        let paths = folders.iter().map(|folder| folder.join(&name));
-        paths
-            .clone()
-            .find(|path| path.is_file())
-            .ok_or_else(|| bad(&folders[0].join(&name), "a list names it, and it is not there"))
-    };
     let slices = match &plan.files {
         Files::Whole => {
-            let path = file(&plan.name)?;
+            let path = find(folders, &plan.name)?;
             let arrays = read_file(&path)?;
             let [depth, h, w] = arrays.shape[..] else {
                 return Err(bad(&path, format!("shape {:?} is no volume's", arrays.shape)));
@@ -179,7 +188,7 @@ fn read_volume(folders: &[PathBuf], plan: &VolumePlan) -> Result<NewVolume, Data
         Files::Slices(names) => names
             .iter()
             .map(|(number, name)| {
-                let path = file(name)?;
+                let path = find(folders, name)?;
                 let arrays = read_file(&path)?;
                 let [h, w] = arrays.shape[..] else {
                     return Err(bad(&path, format!("shape {:?} is no slice's", arrays.shape)));

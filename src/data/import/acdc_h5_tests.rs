@@ -13,7 +13,7 @@ fn tiny() -> PathBuf {
 fn import_from(files: PathBuf) -> Result<(Manifest, Arc<MemoryObjects>), DataError> {
     let sink = Arc::new(MemoryObjects::default());
     let source = AcdcSource { files, lists: None };
-    let manifest = futures::executor::block_on(import(&source, sink.clone(), 2))?;
+    let manifest = futures::executor::block_on(import(&source, sink.clone(), &Work::on(2)))?;
     Ok((manifest, sink))
 }
 
@@ -116,7 +116,8 @@ fn the_real_data_keeps_the_literatures_counts() {
     let folder = tempfile::tempdir().unwrap();
     let sink = Arc::new(FolderObjects::new(folder.path()));
     let started = std::time::Instant::now();
-    let manifest = futures::executor::block_on(import(&source, sink.clone(), 2)).unwrap();
+    let manifest =
+        futures::executor::block_on(import(&source, sink.clone(), &Work::on(2))).unwrap();
     eprintln!("import: {:?}", started.elapsed());
     for (patients, slices) in
         [(3, 68), (7, 136), (14, 256), (21, 396), (28, 512), (35, 664), (70, 1312)]

@@ -34,7 +34,7 @@ fn tree() -> tempfile::TempDir {
 }
 
 fn import_from(tree: &AcdcTree) -> Result<(Manifest, Dataset), DataError> {
-    imported(|sink| futures::executor::block_on(import(tree, sink, 2)))
+    imported(|sink| futures::executor::block_on(import(tree, sink, &Work::on(2))))
 }
 
 /// The import after `change` to a file of the tree must fail; what it says.

@@ -1,18 +1,17 @@
 //! What every importer of NIfTI files does once it knows its cases: divide them by patient, read
 //! them side by side, write them in the manifest's order. Which files make a case is its own.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::options::{Intensity, LabelMap, SliceAxis, SplitRule};
 use super::{split, volume};
 use crate::data::error::DataError;
-use crate::data::import::side_by_side;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::preprocess::Preprocessing;
 use crate::data::source::ObjectWriter;
-use crate::data::write::{DatasetWriter, WriteOptions};
+use crate::data::write::{self, Plan, PlannedCase, Work, WriteOptions};
 
 /// A case: its files, whose it is and what it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,13 +97,13 @@ pub(in crate::data::import) fn divide(
     Ok(())
 }
 
-/// Reads and writes `cases`: up to `threads` of them side by side; memory holds these and one
-/// unfinished shard per split.
+/// Reads and writes `cases`, whose files are below `folder`.
 pub(in crate::data::import) async fn write(
-    recipe: &Recipe,
+    recipe: Recipe,
+    folder: &Path,
     mut cases: Vec<Case>,
     sink: Arc<dyn ObjectWriter>,
-    threads: usize,
+    work: &Work,
 ) -> Result<Manifest, DataError> {
     // What the manifest asks for: labelled before unlabelled, a patient's volumes side by side.
     cases.sort_by(|a, b| {
@@ -115,29 +114,29 @@ pub(in crate::data::import) async fn write(
     let mut options = WriteOptions::new(&recipe.name, &classes);
     options.channels.clone_from(&recipe.channels);
     options.preprocessing = recipe.preprocessing();
-    let mut writer = DatasetWriter::new(sink, options)?;
-    let mut axes = Axes::default();
-    let mut cases = VecDeque::from(cases);
-    while !cases.is_empty() {
-        let chunk: Vec<Case> = cases.drain(..cases.len().min(threads.max(1))).collect();
-        let read = side_by_side(&chunk, threads, |case| volume::read_case(recipe, case));
-        for (case, read) in chunk.iter().zip(read) {
-            let (axis, volumes) = read?;
-            axes.add(axis, &case.name);
-            for volume in volumes {
-                writer.add(volume).await?;
-            }
-        }
-    }
-    if let Some(words) = axes.differ() {
+    let planned = cases.iter().map(|case| {
+        let files = case.images.iter().chain(&case.label).cloned().collect();
+        Ok(PlannedCase { name: &case.name, patient: &case.patient, split: case.split, files })
+    });
+    let plan = Plan::new([("labels", format!("{:?}", recipe.map))]).reading(folder, planned)?;
+    let axes = Arc::new(Mutex::new(Axes::default()));
+    let found = Arc::clone(&axes);
+    let read = move |case: &Case| {
+        let (axis, volumes) = volume::read_case(&recipe, case)?;
+        found.lock().unwrap_or_else(PoisonError::into_inner).add(axis, &case.name);
+        Ok(volumes)
+    };
+    let manifest = write::write(sink, &options.sized(work), plan, cases, read, work).await?;
+    if let Some(words) = axes.lock().unwrap_or_else(PoisonError::into_inner).differ() {
         tracing::warn!("{words}");
     }
-    writer.finish().await
+    Ok(manifest)
 }
 
-/// Across which axis of the file which images were cut: the first few names and how many.
+/// Across which axis of the file which images were cut: the first few names and how many. They come in any
+/// order.
 #[derive(Debug, Default)]
-struct Axes(BTreeMap<usize, (Vec<String>, usize)>);
+struct Axes(BTreeMap<usize, (BTreeSet<String>, usize)>);
 
 impl Axes {
     const NAMED: usize = 3;
@@ -145,18 +144,20 @@ impl Axes {
     fn add(&mut self, axis: usize, case: &str) {
         let (names, count) = self.0.entry(axis).or_default();
         *count += 1;
-        if names.len() < Self::NAMED {
-            names.push(format!("`{case}`"));
+        names.insert(format!("`{case}`"));
+        if names.len() > Self::NAMED {
+            names.pop_last();
         }
     }
 
     /// A warning, where they are not all cut alike.
     fn differ(&self) -> Option<String> {
-        let part = |(axis, (names, count)): (&usize, &(Vec<String>, usize))| {
+        let part = |(axis, (names, count)): (&usize, &(BTreeSet<String>, usize))| {
             let more = match count - names.len() {
                 0 => String::new(),
                 more => format!(" and {more} more"),
             };
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
             format!("across axis {axis} of {}{more}", names.join(", "))
         };
         let parts: Vec<String> = self.0.iter().map(part).collect();

@@ -19,14 +19,14 @@ use std::sync::Arc;
 use crate::data::error::DataError;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
+use crate::data::write::Work;
 use cases::{Case, Recipe};
 
 pub use options::{
     Intensity, LabelMap, NiftiSource, SliceAxis, SplitRule, SplitWishes, class_names,
 };
 
-/// Imports what `source` describes. Reads up to `threads` cases side by side; memory holds these
-/// and one unfinished shard per split.
+/// Imports what `source` describes. Goes on with what an earlier import left.
 ///
 /// # Errors
 /// [`DataError::Unusable`] for choices that contradict each other or the folder,
@@ -34,7 +34,7 @@ pub use options::{
 pub async fn import(
     source: &NiftiSource,
     sink: Arc<dyn ObjectWriter>,
-    threads: usize,
+    work: &Work,
 ) -> Result<Manifest, DataError> {
     let recipe = Recipe {
         name: source.name.clone(),
@@ -44,7 +44,7 @@ pub async fn import(
         axis: source.axis,
         intensity: source.intensity,
     };
-    cases::write(&recipe, plan(source)?, sink, threads).await
+    cases::write(recipe, &source.folder, plan(source)?, sink, work).await
 }
 
 /// All cases, divided.

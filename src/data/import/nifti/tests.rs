@@ -82,7 +82,7 @@ fn source(folder: &Path) -> NiftiSource {
 }
 
 fn import_from(source: &NiftiSource) -> Result<(Manifest, Dataset), DataError> {
-    imported(|sink| futures::executor::block_on(import(source, sink, 2)))
+    imported(|sink| futures::executor::block_on(import(source, sink, &Work::on(2))))
 }
 
 /// What an import makes, opened and verified.

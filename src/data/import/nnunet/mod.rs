@@ -21,6 +21,7 @@ use super::{Pattern, read_small};
 use crate::data::error::DataError;
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
+use crate::data::write::Work;
 use description::{Description, Labels};
 
 /// The largest `dataset.json` that is read: v1's list every case.
@@ -79,7 +80,7 @@ impl NnunetSource {
     }
 }
 
-/// Imports a dataset. Reads up to `threads` cases side by side.
+/// Imports a dataset. Reads several cases side by side.
 ///
 /// # Errors
 /// [`DataError::Import`] with the name of the file that is missing, odd or damaged;
@@ -87,7 +88,7 @@ impl NnunetSource {
 pub async fn import(
     source: &NnunetSource,
     sink: Arc<dyn ObjectWriter>,
-    threads: usize,
+    work: &Work,
 ) -> Result<Manifest, DataError> {
     let description = describe(&source.folder)?;
     let plan = plan(source, &description)?;
@@ -101,7 +102,7 @@ pub async fn import(
         axis: source.axis,
         intensity: source.intensity,
     };
-    cases::write(&recipe, plan, sink, threads).await
+    cases::write(recipe, &source.folder, plan, sink, work).await
 }
 
 fn describe(folder: &Path) -> Result<Description, DataError> {

@@ -31,7 +31,7 @@ fn dataset() -> tempfile::TempDir {
 }
 
 fn import_from(source: &NnunetSource) -> Result<(Manifest, Dataset), DataError> {
-    imported(|sink| futures::executor::block_on(import(source, sink, 2)))
+    imported(|sink| futures::executor::block_on(import(source, sink, &Work::on(2))))
 }
 
 /// The import after `change` to the folder must fail; what it says.

@@ -77,10 +77,13 @@ fn text(report: &Report) -> String {
     if counts.steps == 0 {
         return "sound: no step was taken yet\n".to_owned();
     }
-    let mut lines = vec![format!(
-        "sound: {} steps, {} of them with the newest checkpoint only",
-        counts.steps, report.steps_in_checkpoint_only
-    )];
+    let mut lines = vec![format!("sound: {} steps", counts.steps)];
+    if report.steps_in_checkpoint_only > 0 {
+        lines.push(format!(
+            "the newest checkpoint alone holds the last {} of them: a resume records them",
+            report.steps_in_checkpoint_only
+        ));
+    }
     if counts.first_step.0 > 0 {
         lines.push(format!(
             "steps before {} were taken by a release that kept no ledger: nothing is known of them",
@@ -99,7 +102,7 @@ fn text(report: &Report) -> String {
             counts.samples, counts.pool, counts.epochs_complete, counts.epochs_partial
         )
     });
-    let with = if report.dataset_checked { "config.toml and the dataset" } else { "config.toml" };
-    lines.push(format!("the deal is the one that {with} ask for"));
+    let of = if report.dataset_checked { "config.toml and the dataset" } else { "config.toml" };
+    lines.push(format!("the deal is that of {of}"));
     lines.join("\n") + "\n"
 }

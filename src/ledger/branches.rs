@@ -227,9 +227,9 @@ impl Branches {
             if let Origin::Lineage(parent) = carried.origin {
                 self.leaves(&name, parent, carried.first)?;
             }
+            let receipts =
+                carried.up_to(step).map_err(|error| Violation::of(name, error.to_string()))?;
             if step > recorded {
-                let receipts =
-                    carried.up_to(step).map_err(|error| Violation::of(name, error.to_string()))?;
                 from = match carried.origin {
                     Origin::Lineage(parent) => Some(parent),
                     Origin::Start | Origin::Unrecorded => None,

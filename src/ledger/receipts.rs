@@ -51,7 +51,8 @@ impl Carried {
         Self { origin, first: step, receipts: Vec::new() }
     }
 
-    /// The receipts, if they are those of all steps from `first` to the checkpoint of `step`.
+    /// The receipts, if they are those of all steps from `first` to the checkpoint of `step`, and `first` is 0
+    /// where nothing was recorded before.
     ///
     /// # Errors
     /// [`LedgerError::Invalid`].
@@ -61,7 +62,8 @@ impl Carried {
         for run in &self.receipts {
             next = if next == Some(run.first) { run.next() } else { None };
         }
-        if next != Some(step) || count > RECEIPTS_MAX {
+        let begins = self.origin != Origin::Start || self.first == Step(0);
+        if next != Some(step) || count > RECEIPTS_MAX || !begins {
             return Err(LedgerError::Invalid(format!(
                 "the checkpoint of step {step} carries {count} receipts from step {} on, which do not lead to it",
                 self.first
@@ -183,6 +185,14 @@ mod tests {
         assert!(error.to_string().contains("1048576 steps"), "{error}");
         receipts.acknowledge(Lineage(2), Step(1));
         receipts.push(receipt(bound)).unwrap();
+    }
+
+    #[test]
+    fn what_begins_the_run_begins_at_step_0() {
+        let receipts = Run::pack(&[receipt(3), receipt(4)]);
+        let carried = Carried { origin: Origin::Start, first: Step(3), receipts };
+        assert!(carried.up_to(Step(5)).is_err());
+        assert!(Carried { origin: Origin::Unrecorded, ..carried }.up_to(Step(5)).is_ok());
     }
 
     #[test]

@@ -127,6 +127,9 @@ fn steps_that_only_the_checkpoint_has_count_too() {
     let error = audit(&ledger(), Some((Step(31), &lost)), &deal).unwrap_err();
     assert_eq!(error.step, Some(Step(30)));
     assert!(error.object.contains("checkpoint of step 31"), "{error}");
+    let headless = Carried { origin: Origin::Start, first: Step(31), receipts: Vec::new() };
+    let error = audit(&[], Some((Step(31), &headless)), &deal).unwrap_err();
+    assert!(error.what.contains("do not lead to it"), "{error}");
 }
 
 #[test]

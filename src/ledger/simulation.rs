@@ -8,7 +8,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::fingerprint::Part;
-use super::{Attestation, Branches, Carried, FORMAT, Object, Receipts, Recorded, Recorder, Replay};
+use super::{
+    Attestation, Branches, Carried, FORMAT, Object, Origin, Receipts, Recorded, Recorder, Replay,
+};
 use crate::data::{Deal, DealSpec};
 use crate::types::{Generation, Step, WorldSize};
 
@@ -42,7 +44,7 @@ impl Bucket {
 
     /// The newest checkpoint that a resume finds whole: mostly the newest there is.
     fn newest(&self, rng: &mut ChaCha8Rng) -> (Step, Carried) {
-        let damaged = if rng.next_u32() % 8 == 0 { 1 } else { 0 };
+        let damaged = usize::from(rng.next_u32().is_multiple_of(8));
         match self.checkpoints.iter().rev().nth(damaged).or(self.checkpoints.iter().next()) {
             Some((step, carried)) => (*step, carried.clone()),
             None => (Step(0), Carried::unrecorded(Step(0))),
@@ -123,7 +125,7 @@ impl Coordinator {
         if trainer.step.0.is_multiple_of(7) {
             // What stands there already stays.
             let mut carried = trainer.receipts.carried();
-            if checkpoints == Checkpoints::CarryNothing {
+            if checkpoints == Checkpoints::CarryNothing && carried.origin != Origin::Start {
                 carried = Carried { first: trainer.step, receipts: Vec::new(), ..carried };
             }
             bucket.checkpoints.entry(trainer.step).or_insert(carried);
@@ -152,7 +154,7 @@ impl Coordinator {
                 }
                 if let Some(Recorded { generation, lineage, step }) = self.recorder.created(&object)
                     && generation == self.trainer.generation
-                    && rng.next_u32() % 4 != 0
+                    && !rng.next_u32().is_multiple_of(4)
                 {
                     // One in four acknowledgements is lost.
                     self.trainer.receipts.acknowledge(lineage, step);
@@ -228,7 +230,7 @@ fn live(seed: u64, deal: &Deal, checkpoints: Checkpoints) -> Result<Life, String
             }
             _ => newest.step(bucket, deal, checkpoints),
         }
-        if rng.next_u32() % 16 == 0 {
+        if rng.next_u32().is_multiple_of(16) {
             let steps = bucket.audit(deal).map_err(|found| format!("event {event}: {found}"))?;
             life.furthest = life.furthest.max(steps);
         }
@@ -256,5 +258,5 @@ fn whatever_dies_every_step_up_to_the_newest_checkpoint_is_proven_once() {
 fn the_simulation_finds_checkpoints_that_carry_nothing() {
     let deal = deal();
     let found = (0..50).filter(|seed| live(*seed, &deal, Checkpoints::CarryNothing).is_err());
-    assert!(found.count() > 25);
+    assert!(found.count() > 10);
 }

@@ -71,7 +71,7 @@ fn line(
         0 => format!("{what}: looking at what there is"),
         _ => {
             let percent = 100 * done / total;
-            format!("{what}: {done} of {total} {parts} ({percent} %), {rate:.1} MB/s of pixels")
+            format!("{what}: {done} of {total} {parts} ({percent} %), {rate:.1} MB/s")
         }
     }
 }
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn the_line_says_how_far_and_how_fast() {
         let text = line("import", "cases", (30, 120, 50_000_000), Duration::from_secs(4));
-        assert_eq!(text, "import: 30 of 120 cases (25 %), 12.5 MB/s of pixels");
+        assert_eq!(text, "import: 30 of 120 cases (25 %), 12.5 MB/s");
         assert!(line("import", "cases", (0, 0, 0), Duration::ZERO).contains("looking"));
     }
 }

@@ -7,7 +7,7 @@
 //! Rows are numbered per split, in list order, from zero. The training split lists labelled
 //! volumes before unlabelled ones, so "the first K labelled patients" and "the rest" are both
 //! ranges of rows, and a trainer needs to know none of the unlabelled ones: a large pool's are in
-//! [`super::tables`]. All blocks (row groups) of a split hold `block_rows` rows, but the last one.
+//! volume tables. All blocks (row groups) of a split hold `block_rows` rows, but the last one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

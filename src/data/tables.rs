@@ -1,7 +1,7 @@
 //! Volume tables: where a large pool's volumes are listed, so that the manifest does not grow with them.
 //!
-//! The first [`LISTED_MAX`] unlabelled training volumes stand in the manifest like all others; those after
-//! them are listed in objects of [`TABLE_VOLUMES`] each, sealed by digests in the manifest. Trainers and
+//! The first 10,000 unlabelled training volumes stand in the manifest like all others; those after
+//! them are listed in objects of 10,000 each, sealed by digests in the manifest. Trainers and
 //! evaluation need none of them: the pool is a range of rows. `info`, `verify` and whoever asks for one of
 //! these volumes read the table that has it.
 

@@ -4,7 +4,7 @@
 //! encoded on the same threads and stored side by side; `journal` records what is stored, so that a write
 //! that was cut short goes on where it was, to the same bytes. The manifest is written last, so a dataset
 //! that was cut short does not exist. Memory holds the cases that are read ahead, one unfinished shard per
-//! split and [`SHARDS_MAX`] that are being stored.
+//! split and a few that are being stored.
 
 mod journal;
 mod layout;

@@ -138,8 +138,8 @@ impl DatasetWriter {
             slice: slice.slice,
             channels,
             shape: slice.shape,
-            image: slice.image,
-            label: slice.label,
+            image: slice.image.into(),
+            label: slice.label.map(Into::into),
         }));
         let shard_rows = (self.options.block_rows * self.options.shard_blocks) as usize;
         loop {

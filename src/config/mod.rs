@@ -169,6 +169,14 @@ impl RunConfig {
                 "at least 1, or nothing could be resumed",
             );
         }
+        let loader = [
+            ("loader.threads", self.loader.threads),
+            ("loader.fetches", self.loader.fetches),
+            ("loader.prefetch", self.loader.prefetch),
+        ];
+        if let Some((key, value)) = loader.into_iter().find(|(_, n)| !(1..=1024).contains(n)) {
+            return fail(key, value.to_string(), "1 to 1024");
+        }
         Ok(())
     }
 
@@ -271,6 +279,16 @@ mod tests {
         assert_eq!((config.batch.labelled, config.batch.unlabelled), (12, 12));
         assert_eq!(config.train.iterations, 50_000);
         assert_eq!(config.train.seed, 1337);
+    }
+
+    #[test]
+    fn a_loader_without_threads_or_with_too_many_is_refused() {
+        for threads in [0, 1025] {
+            let mut config = RunConfig::default();
+            config.loader.threads = threads;
+            let told = config.validate().unwrap_err().to_string();
+            assert!(told.contains("loader.threads"), "{told}");
+        }
     }
 
     #[test]

@@ -221,8 +221,10 @@ section!(
 section!(
     /// `[loader]`: the input pipeline of each trainer.
     Loader {
-        /// Threads that fetch, decode and augment.
+        /// Threads that decode, augment and batch.
         threads: u32 = 1,
+        /// Blocks fetched from the store side by side.
+        fetches: u32 = 16,
         /// Batches made ahead.
         prefetch: u32 = 4,
     }

@@ -1,27 +1,27 @@
 //! An opened dataset: verified blocks and volumes, fetched on a small runtime of its own.
 //!
-//! Everything here blocks the calling thread and may be called from any thread; the waiting is
-//! done by the runtime, so a caller that is told to stop leaves at once. What is returned has been
-//! verified against the manifest, through the index of its shard. Nothing but a bounded number of
-//! footers is kept: caching blocks is the loader's business.
+//! What is public here blocks the calling thread and may be called from any thread; the loader runs
+//! its fetches on the runtime itself. What is returned has been verified against the manifest, through
+//! the index of its shard. Nothing but a bounded number of footers is kept: caching decoded blocks is
+//! the loader's business.
 
 use std::collections::VecDeque;
 use std::future::Future;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream;
+use tokio::sync::OnceCell;
+use tokio::task::AbortHandle;
 
 use super::augment::Shape;
 use super::error::DataError;
 use super::manifest::{
     MANIFEST_PATH, Manifest, ShardEntry, ShardIndex, Split, VolumeEntry, VolumeId,
 };
-use super::shard::{ShardFooter, SliceRow};
+use super::shard::{Labels, ShardFooter, SliceRow};
 use super::source::ObjectReader;
 use crate::types::ObjectDigest;
 
@@ -33,25 +33,6 @@ const TABLES_MAX: usize = 4;
 
 /// Blocks fetched side by side by one call.
 const FETCHES_MAX: usize = 8;
-
-/// How often a waiting thread looks whether it has been told to stop.
-const STOP_POLL: Duration = Duration::from_millis(20);
-
-/// Set once to make every blocking call of a loader return.
-#[derive(Debug, Clone, Default)]
-pub struct StopFlag(Arc<AtomicBool>);
-
-impl StopFlag {
-    /// Makes those who wait return.
-    pub fn stop(&self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether [`Self::stop`] has been called.
-    pub fn is_stopped(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
-}
 
 /// A whole volume, as evaluation wants it.
 #[derive(Debug, Clone, PartialEq)]
@@ -79,6 +60,21 @@ struct OpenShard {
     footer: ShardFooter,
 }
 
+/// A verified row group, not decoded yet.
+#[derive(Debug)]
+pub(crate) struct EncodedBlock {
+    shard: Arc<OpenShard>,
+    group: usize,
+    bytes: Bytes,
+}
+
+impl EncodedBlock {
+    /// Its bytes as they are stored.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
 /// Stops the runtime without waiting: it may be dropped on an async thread.
 #[derive(Debug)]
 struct IoRuntime(Option<tokio::runtime::Runtime>);
@@ -103,11 +99,13 @@ struct Inner {
     manifest: Manifest,
     digest: ObjectDigest,
     splits: [SplitBlocks; 3],
-    /// Most recently used last.
-    open: Mutex<VecDeque<(usize, Arc<OpenShard>)>>,
+    /// Most recently used last. A cell is empty while its first user fetches.
+    open: Mutex<VecDeque<(usize, ShardCell)>>,
     /// Volume tables by number, the newest first.
     tables: Mutex<Vec<(usize, Arc<Vec<VolumeEntry>>)>>,
 }
+
+type ShardCell = Arc<OnceCell<Arc<OpenShard>>>;
 
 /// A dataset whose manifest has been read and checked. Cheap to clone.
 #[derive(Clone)]
@@ -132,7 +130,7 @@ impl Dataset {
             .map_err(|error| DataError::Thread(format!("start the data runtime: {error}")))?;
         let runtime = IoRuntime(Some(runtime));
         let source = Arc::clone(&reader);
-        let bytes = wait(&runtime, &StopFlag::default(), async move {
+        let bytes = wait(&runtime, async move {
             source.get(MANIFEST_PATH).await.map_err(|error| DataError::read(MANIFEST_PATH, error))
         })??;
         let manifest = Manifest::parse(&bytes)?;
@@ -183,7 +181,7 @@ impl Dataset {
             return Ok(Arc::clone(found));
         }
         let inner = Arc::clone(&self.inner);
-        let bytes = wait(&self.inner.runtime, &StopFlag::default(), async move {
+        let bytes = wait(&self.inner.runtime, async move {
             let table = &inner.manifest.tables[number];
             verified(&inner, &table.object, None, &table.digest, "the table").await
         })??;
@@ -197,7 +195,7 @@ impl Dataset {
     /// An object beside the shards that no digest seals; `None` where there is none.
     pub(super) fn beside(&self, object: &'static str) -> Result<Option<Bytes>, DataError> {
         let reader = Arc::clone(&self.inner.reader);
-        let fetched = wait(&self.inner.runtime, &StopFlag::default(), async move {
+        let fetched = wait(&self.inner.runtime, async move {
             reader.get(object).await.map_err(|error| DataError::read(object, error))
         })?;
         match fetched {
@@ -214,7 +212,7 @@ impl Dataset {
         let block_rows = self.manifest().block_rows;
         let blocks: Vec<u64> =
             (wanted.start / block_rows..wanted.end.div_ceil(block_rows)).collect();
-        let decoded = self.fetch_blocks(entry.split, &blocks, &StopFlag::default())?;
+        let decoded = self.fetch_blocks(entry.split, &blocks)?;
         let mut rows: Vec<SliceRow> = decoded
             .into_iter()
             .zip(&blocks)
@@ -231,23 +229,44 @@ impl Dataset {
         &self,
         split: Split,
         blocks: &[u64],
-        stop: &StopFlag,
     ) -> Result<Vec<Vec<SliceRow>>, DataError> {
-        let inner = Arc::clone(&self.inner);
-        let places: Vec<(usize, usize)> =
-            blocks.iter().map(|block| self.place(split, *block)).collect::<Result<_, _>>()?;
-        let fetched: Vec<_> = wait(&self.inner.runtime, stop, async move {
-            let fetches = places.into_iter().map(|place| fetch_group(Arc::clone(&inner), place));
+        let fetches: Vec<_> = blocks.iter().map(|block| self.fetch_block(split, *block)).collect();
+        let fetched: Vec<_> = wait(&self.inner.runtime, async move {
             stream::iter(fetches).buffered(FETCHES_MAX).collect::<Vec<_>>().await
         })?;
         // Decoding is work for the calling thread, not for the one that serves the network.
-        fetched
-            .into_iter()
-            .map(|fetched| {
-                let (shard, group, bytes) = fetched?;
-                self.decode(&shard, group, bytes)
-            })
-            .collect()
+        fetched.into_iter().map(|fetched| self.decode_block(fetched?, Labels::Decode)).collect()
+    }
+
+    /// Fetches and verifies a block of `split`. To be awaited on this dataset's runtime.
+    pub(crate) fn fetch_block(
+        &self,
+        split: Split,
+        block: u64,
+    ) -> impl Future<Output = Result<EncodedBlock, DataError>> + Send + use<> {
+        let (inner, place) = (Arc::clone(&self.inner), self.place(split, block));
+        async move {
+            let (shard, group, bytes) = fetch_group(inner, place?).await?;
+            Ok(EncodedBlock { shard, group, bytes })
+        }
+    }
+
+    /// The rows of a fetched block.
+    pub(crate) fn decode_block(
+        &self,
+        block: EncodedBlock,
+        labels: Labels,
+    ) -> Result<Vec<SliceRow>, DataError> {
+        self.decode(&block.shard, block.group, block.bytes, labels)
+    }
+
+    /// Starts `task` on this dataset's runtime.
+    pub(crate) fn spawn(
+        &self,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<AbortHandle, DataError> {
+        let runtime = self.inner.runtime.0.as_ref().ok_or(DataError::Stopped)?;
+        Ok(runtime.spawn(task).abort_handle())
     }
 
     /// Re-reads every object of a shard in full and compares all hashes with the manifest; `look` is shown
@@ -258,7 +277,7 @@ impl Dataset {
         mut look: impl FnMut(&SliceRow) -> Result<(), String>,
     ) -> Result<u64, DataError> {
         let inner = Arc::clone(&self.inner);
-        let (shard, bytes) = wait(&self.inner.runtime, &StopFlag::default(), async move {
+        let (shard, bytes) = wait(&self.inner.runtime, async move {
             let shard = open_shard(&inner, number).await?;
             let entry = &inner.manifest.shards[number];
             let what = "the whole object";
@@ -271,7 +290,7 @@ impl Dataset {
             if !group.digest.matches(&bytes) {
                 return Err(DataError::invalid(&shard.index.object, "the index has other hashes"));
             }
-            for row in self.decode(&shard, number, bytes)? {
+            for row in self.decode(&shard, number, bytes, Labels::Decode)? {
                 look(&row).map_err(|why| DataError::invalid(&shard.index.object, why))?;
             }
         }
@@ -284,8 +303,9 @@ impl Dataset {
         shard: &OpenShard,
         group: usize,
         bytes: Bytes,
+        labels: Labels,
     ) -> Result<Vec<SliceRow>, DataError> {
-        let rows = shard.footer.decode(group, &shard.index.groups[group], bytes)?;
+        let rows = shard.footer.decode(group, &shard.index.groups[group], bytes, labels)?;
         let channels = self.manifest().channel_count();
         match rows.iter().find(|row| row.channels != channels) {
             None => Ok(rows),
@@ -329,37 +349,24 @@ fn assemble(id: VolumeId, entry: &VolumeEntry, rows: Vec<SliceRow>) -> Result<Vo
         shape: [rows.len(), shape.0, shape.1],
         channels: rows.first().map_or(1, |row| row.channels),
         labels: labels.map(|labels| labels.concat()),
-        slices: rows.into_iter().flat_map(|row| row.image).collect(),
+        slices: rows.iter().map(|row| &row.image[..]).collect::<Vec<_>>().concat(),
         spacing_mm: entry.spacing_mm,
         affine: entry.affine,
     })
 }
 
-/// Runs `future` on the runtime and waits for it, or until told to stop.
+/// Runs `future` on the runtime and waits for it.
 fn wait<T: Send + 'static>(
     runtime: &IoRuntime,
-    stop: &StopFlag,
     future: impl Future<Output = T> + Send + 'static,
 ) -> Result<T, DataError> {
     let runtime = runtime.0.as_ref().ok_or(DataError::Stopped)?;
     let (send, receive) = mpsc::sync_channel(1);
-    let task = runtime.spawn(async move {
-        // A receiver that is gone was told to stop and wants nothing any more.
+    runtime.spawn(async move {
+        // The receiver waits just below.
         send.send(future.await).ok();
     });
-    loop {
-        match receive.recv_timeout(STOP_POLL) {
-            Ok(value) => return Ok(value),
-            Err(mpsc::RecvTimeoutError::Timeout) if stop.is_stopped() => {
-                task.abort();
-                return Err(DataError::Stopped);
-            }
-            Err(mpsc::RecvTimeoutError::Timeout) => {}
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(DataError::Thread("a fetch did not finish".to_owned()));
-            }
-        }
-    }
+    receive.recv().map_err(|_| DataError::Thread("a fetch did not finish".to_owned()))
 }
 
 type Group = (Arc<OpenShard>, usize, Bytes);
@@ -376,12 +383,13 @@ async fn fetch_group(
     Ok((shard, group, bytes))
 }
 
-/// A shard's index and footer, kept from before or fetched. Two callers may fetch the same one at
-/// once; both are verified and either is kept.
+/// A shard's index and footer, kept from before or fetched; by one of those who want it at a time.
 async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, DataError> {
-    if let Some(shard) = inner.take_open(number) {
-        return Ok(shard);
-    }
+    let cell = inner.open_cell(number);
+    cell.get_or_try_init(|| read_shard(inner, number)).await.cloned()
+}
+
+async fn read_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, DataError> {
     let entry: &ShardEntry = &inner.manifest.shards[number];
     let bytes = verified(inner, &entry.index, None, &entry.index_digest, "the index").await?;
     let index = ShardIndex::parse(&bytes, entry, inner.manifest.block_rows)?;
@@ -389,28 +397,21 @@ async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
     let digest = &index.footer_digest;
     let footer = verified(inner, &entry.object, Some(range), digest, "the footer").await?;
     let footer = ShardFooter::parse(&index, footer)?;
-    let shard = Arc::new(OpenShard { index, footer });
-    inner.keep_open(number, Arc::clone(&shard));
-    Ok(shard)
+    Ok(Arc::new(OpenShard { index, footer }))
 }
 
 impl Inner {
-    fn take_open(&self, number: usize) -> Option<Arc<OpenShard>> {
+    /// The place of a shard's index and footer, for the longest unused one if need be.
+    fn open_cell(&self, number: usize) -> ShardCell {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = open.iter().position(|(other, _)| *other == number)?;
-        let found = open.remove(at)?;
-        let shard = Arc::clone(&found.1);
-        open.push_back(found);
-        Some(shard)
-    }
-
-    fn keep_open(&self, number: usize, shard: Arc<OpenShard>) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|(other, _)| *other != number);
+        let at = open.iter().position(|(other, _)| *other == number);
+        let found = at.and_then(|at| open.remove(at)).unwrap_or_else(|| (number, Arc::default()));
         if open.len() == FOOTERS_MAX {
             open.pop_front();
         }
-        open.push_back((number, shard));
+        let cell = Arc::clone(&found.1);
+        open.push_back(found);
+        cell
     }
 }
 

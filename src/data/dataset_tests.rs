@@ -1,6 +1,6 @@
 //! Reading back what was written, through readers that damage bytes.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::future::BoxFuture;
 

@@ -7,7 +7,6 @@
 //! small trait in [`source`].
 
 pub mod augment;
-mod cache;
 pub mod dataset;
 mod error;
 pub mod import;
@@ -17,6 +16,7 @@ pub mod nifti;
 pub mod permutation;
 pub mod preprocess;
 pub mod report;
+mod resample;
 pub mod sampler;
 pub mod shard;
 pub mod source;

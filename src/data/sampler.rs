@@ -257,5 +257,8 @@ impl PoolBlocks {
 }
 
 #[cfg(test)]
+#[path = "shuffle_tests.rs"]
+mod shuffle_tests;
+#[cfg(test)]
 #[path = "sampler_tests.rs"]
 mod tests;

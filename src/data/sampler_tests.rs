@@ -165,6 +165,34 @@ fn a_rank_reads_only_its_stretches() {
     }
 }
 
+/// Any step of any slot costs the same: nothing is written out, skipped through or kept.
+#[test]
+fn a_pool_of_a_thousand_million_is_dealt_from_anywhere_at_once() {
+    let pool = 1_000_000_000_u64;
+    let deal = deal(9, 3..3 + pool, 16, 12);
+    let places = Permutation::new(pool - 12, 5);
+    let started = std::time::Instant::now();
+    let mut rows: Vec<u64> = (0..20_000)
+        .map(|n| (n, places.apply(n)))
+        .map(|(n, place)| {
+            let draw = deal.unlabelled(Step(place / 12), (place % 12) as u32);
+            let late = deal.unlabelled(Step(place / 12 + (n + 1) * (pool / 12)), 11);
+            assert!(draw.epoch == Epoch(0) && late.epoch >= Epoch(n));
+            assert!((3..3 + pool).contains(&draw.sample) && (3..3 + pool).contains(&late.sample));
+            draw.sample
+        })
+        .collect();
+    // 40,000 draws: a millisecond each would be 40 s, and writing one epoch out takes longer.
+    assert!(started.elapsed().as_secs() < 40, "{:?}", started.elapsed());
+    rows.sort_unstable();
+    rows.dedup();
+    assert_eq!(rows.len(), 20_000, "distinct places hold distinct samples");
+    let share = deal.share(Rank(2), WorldSize(5)).unwrap();
+    let block = |step: u64| deal.batch(Step(40_000_000 + step), &share)[0].sample / 16;
+    let walked: std::collections::BTreeSet<u64> = (0..160).map(block).collect();
+    assert!((10..=12).contains(&walked.len()), "a slot walks block by block: {walked:?}");
+}
+
 #[test]
 fn a_labelled_epoch_is_fresh_and_drops_its_remainder() {
     let spec = DealSpec {

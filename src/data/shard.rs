@@ -4,19 +4,24 @@
 //! by row, little-endian; `label` null where there is none). Images of several channels, one after
 //! the other in `image`, have a last column `channels`. zstd, no dictionaries: pixels do not
 //! repeat. A row group decodes from its own bytes and the footer, which is what `Parts` offers
-//! to the Parquet reader in place of a file.
+//! to the Parquet reader in place of a file. Its pixels are copied once, out of the compressed bytes:
+//! a decoded row is a view into its row group, and keeps it in memory.
 
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::UInt32Type;
-use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, UInt32Array};
+use arrow_array::{
+    Array, ArrayRef, BinaryArray, BinaryViewArray, RecordBatch, StringArray, UInt32Array,
+};
+use arrow_buffer::{Buffer, ScalarBuffer};
+use arrow_data::{ByteView, MAX_INLINE_VIEW_LEN};
 use arrow_schema::{DataType, Field, Schema};
 use bytes::{Buf, Bytes, buf::Reader};
-use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::ParquetMetaData;
@@ -34,8 +39,8 @@ const DTYPE: &str = "f32";
 /// No slice is larger: 64 Mi pixels, over all its channels.
 pub(crate) const MAX_SLICE_PIXELS: usize = 1 << 26;
 
-/// The column that only images of several channels have.
-const CHANNELS_COLUMN: usize = 7;
+/// The labels' column.
+const LABEL_COLUMN: usize = 6;
 
 /// One slice as it is stored.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,15 +54,15 @@ pub struct SliceRow {
     /// Height and width.
     pub shape: Shape,
     /// Intensities `[C, H, W]`.
-    pub image: Vec<f32>,
-    /// Class of each pixel, where it is known.
-    pub label: Option<Vec<u8>>,
+    pub image: ScalarBuffer<f32>,
+    /// Class of each pixel, where it is known and was asked for.
+    pub label: Option<Buffer>,
 }
 
 impl SliceRow {
     /// Bytes of memory its pixels take.
     pub(crate) fn memory_bytes(&self) -> usize {
-        self.image.len() * size_of::<f32>() + self.label.as_ref().map_or(0, Vec::len)
+        self.image.len() * size_of::<f32>() + self.label.as_ref().map_or(0, Buffer::len)
     }
 }
 
@@ -70,15 +75,30 @@ pub struct EncodedShard {
     pub index: ShardIndex,
 }
 
+/// Whether a row's label is decoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Labels {
+    /// Where it has one.
+    Decode,
+    /// It is `None`, whatever is stored.
+    Skip,
+}
+
+/// The columns of a shard as they are written.
 fn schema(channels: usize) -> Arc<Schema> {
+    schema_of(channels, &DataType::Binary)
+}
+
+/// The columns of a shard, its pixels being of Arrow's type `pixels`.
+fn schema_of(channels: usize, pixels: &DataType) -> Arc<Schema> {
     let mut columns = vec![
         Field::new("volume", DataType::UInt32, false),
         Field::new("slice", DataType::UInt32, false),
         Field::new("height", DataType::UInt32, false),
         Field::new("width", DataType::UInt32, false),
         Field::new("dtype", DataType::Utf8, false),
-        Field::new("image", DataType::Binary, false),
-        Field::new("label", DataType::Binary, true),
+        Field::new("image", pixels.clone(), false),
+        Field::new("label", pixels.clone(), true),
     ];
     if channels > 1 {
         columns.push(Field::new("channels", DataType::UInt32, false));
@@ -238,10 +258,15 @@ impl ShardFooter {
         if metadata.metadata().num_row_groups() != index.groups.len() {
             return Err(DataError::invalid(&index.object, "its index has other row groups"));
         }
-        let fields = metadata.schema().fields();
-        if fields != schema(1).fields() && fields != schema(2).fields() {
-            return Err(DataError::invalid(&index.object, "its columns are not those of a shard"));
-        }
+        let known = [1, 2].into_iter().find(|c| metadata.schema().fields() == schema(*c).fields());
+        let channels = known.ok_or_else(|| {
+            DataError::invalid(&index.object, "its columns are not those of a shard")
+        })?;
+        // Views into the decompressed pages: the other type would copy every pixel.
+        let views = schema_of(channels, &DataType::BinaryView);
+        let options = ArrowReaderOptions::new().with_schema(views);
+        let metadata = ArrowReaderMetadata::try_new(Arc::clone(metadata.metadata()), options)
+            .map_err(|error| DataError::invalid(&index.object, error))?;
         Ok(Self { object: index.object.clone(), shard_bytes, footer, metadata })
     }
 
@@ -251,12 +276,17 @@ impl ShardFooter {
         number: usize,
         entry: &GroupEntry,
         bytes: Bytes,
+        labels: Labels,
     ) -> Result<Vec<SliceRow>, DataError> {
         let parts =
             Parts { len: self.shard_bytes, parts: [(entry.offset, bytes), self.footer.clone()] };
         let bad = |error: &dyn std::fmt::Display| DataError::invalid(&self.object, error);
+        let columns = self.metadata.parquet_schema();
+        let wanted = (0..columns.num_columns())
+            .filter(|column| labels == Labels::Decode || *column != LABEL_COLUMN);
         let reader =
             ParquetRecordBatchReaderBuilder::new_with_metadata(parts, self.metadata.clone())
+                .with_projection(ProjectionMask::leaves(columns, wanted))
                 .with_row_groups(vec![number])
                 .with_batch_size(entry.rows as usize)
                 .build()
@@ -282,11 +312,12 @@ fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
     if dtype != DTYPE {
         return Err(format!("images of type `{dtype}` are not known"));
     }
-    let several = batch.num_columns() > CHANNELS_COLUMN;
-    let channels = if several { number(CHANNELS_COLUMN) as usize } else { 1 };
+    let channels = batch.column_by_name("channels");
+    let channels =
+        channels.map_or(1, |column| column.as_primitive::<UInt32Type>().value(row) as usize);
     let pixels = shape.0.saturating_mul(shape.1);
     let values = pixels.saturating_mul(channels);
-    let image = batch.column(5).as_binary::<i32>().value(row);
+    let image = value_of(batch.column(5).as_binary_view(), row);
     if !(1..=CHANNELS_MAX).contains(&channels)
         || !(1..=MAX_SLICE_PIXELS).contains(&values)
         || image.len() != values * size_of::<f32>()
@@ -294,20 +325,33 @@ fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
         let bytes = image.len();
         return Err(format!("{bytes} bytes are no image of {channels} channels of {shape:?}"));
     }
-    let (words, _) = image.as_chunks::<4>();
-    let labels = batch.column(6);
-    let label = (!labels.is_null(row)).then(|| labels.as_binary::<i32>().value(row).to_vec());
+    let labels = batch.column_by_name("label").filter(|labels| labels.is_valid(row));
+    let label = labels.map(|labels| value_of(labels.as_binary_view(), row));
     if label.as_ref().is_some_and(|label| label.len() != pixels) {
         return Err(format!("a label is not of shape {shape:?}"));
     }
-    Ok(SliceRow {
-        volume: number(0),
-        slice: number(1),
-        channels,
-        shape,
-        image: words.iter().map(|word| f32::from_le_bytes(*word)).collect(),
-        label,
-    })
+    let (volume, slice) = (number(0), number(1));
+    Ok(SliceRow { volume, slice, channels, shape, image: floats(&image), label })
+}
+
+/// The bytes of `row`, without a copy unless they are few.
+fn value_of(column: &BinaryViewArray, row: usize) -> Buffer {
+    let view = ByteView::from(column.views()[row]);
+    match column.data_buffers().get(view.buffer_index as usize) {
+        Some(page) if view.length > MAX_INLINE_VIEW_LEN => {
+            page.slice_with_length(view.offset as usize, view.length as usize)
+        }
+        _ => Buffer::from(column.value(row)),
+    }
+}
+
+/// Little-endian floats as they lie there, if this machine can read them so.
+fn floats(bytes: &Buffer) -> ScalarBuffer<f32> {
+    if cfg!(target_endian = "little") && bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
+        return ScalarBuffer::from(bytes.clone());
+    }
+    let (words, _) = bytes.as_chunks::<4>();
+    words.iter().map(|word| f32::from_le_bytes(*word)).collect()
 }
 
 #[cfg(test)]
@@ -325,7 +369,7 @@ mod tests {
                     channels,
                     shape,
                     image: (0..channels * pixels).map(|p| (p as f32 + n as f32).sin()).collect(),
-                    label: (n % 3 != 0).then(|| vec![n as u8; pixels]),
+                    label: (n % 3 != 0).then(|| vec![n as u8; pixels].into()),
                 }
             })
             .collect()
@@ -345,8 +389,11 @@ mod tests {
                 let start = group.offset as usize;
                 let bytes = shard.bytes.slice(start..start + group.digest.bytes as usize);
                 assert!(group.digest.matches(&bytes));
-                let decoded = footer.decode(number, group, bytes).unwrap();
-                assert_eq!(decoded, rows[number * 4..(number * 4 + 4).min(11)]);
+                let decoded = footer.decode(number, group, bytes.clone(), Labels::Decode).unwrap();
+                let mut expected = rows[number * 4..(number * 4 + 4).min(11)].to_vec();
+                assert_eq!(decoded, expected);
+                expected.iter_mut().for_each(|row| row.label = None);
+                assert_eq!(footer.decode(number, group, bytes, Labels::Skip).unwrap(), expected);
             }
         }
     }
@@ -362,7 +409,7 @@ mod tests {
             let group = &shard.index.groups[0];
             let bytes =
                 shard.bytes.slice(group.offset as usize..shard.index.footer_offset as usize);
-            let error = footer.decode(0, group, bytes).unwrap_err().to_string();
+            let error = footer.decode(0, group, bytes, Labels::Decode).unwrap_err().to_string();
             assert!(error.contains(&format!("{channels} channels")), "{error}");
         }
     }

@@ -1,6 +1,6 @@
 //! The device a trainer computes on, and how: the one place that turns a backend into hardware.
 
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::TrainerError;
 use crate::bridge::{cuda, ops};
@@ -24,4 +24,31 @@ pub fn open(backend: Backend, precision: Precision) -> Result<Device, TrainerErr
     }
     ops::allow_tf32(precision == Precision::Tf32)?;
     Ok(Device::Cuda(0))
+}
+
+/// A tensor of the CPU on `device`; as it is where that is the CPU.
+///
+/// To a GPU it goes from pinned memory and without waiting, beside what the device is doing; what uses it there
+/// is queued behind it. libtorch keeps the pinned memory until the copy is done.
+///
+/// # Errors
+/// libtorch's, such as no memory left.
+pub fn send(tensor: Tensor, device: Device) -> Result<Tensor, TrainerError> {
+    if !device.is_cuda() || tensor.numel() == 0 {
+        return Ok(tensor.f_to_device(device)?);
+    }
+    let kind = tensor.f_kind()?;
+    Ok(tensor.f_pin_memory(device)?.f_to_device_(device, kind, true, false)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn on_the_cpu_nothing_is_copied() {
+        let tensor = Tensor::from_slice(&[1.0_f32, 2.0]);
+        let pointer = tensor.data_ptr();
+        assert_eq!(send(tensor, Device::Cpu).unwrap().data_ptr(), pointer);
+    }
 }

@@ -173,8 +173,7 @@ fn tensors(
     } else {
         Tensor::f_from_slice(&batch.labels)?.f_view([batch.n_labelled as i64, h, w])?
     };
-    // Stays as it is on the CPU.
-    Ok((images.f_to_device(device)?, labels.f_to_device(device)?))
+    Ok((device::send(images, device)?, device::send(labels, device)?))
 }
 
 /// Tells the agent, and remembers for the report.

@@ -226,6 +226,7 @@ fn loader_plan(config: &RunConfig, a: &Assignment, start: Step, end: Step) -> Lo
         patch: (patch, patch),
         prefetch: config.loader.prefetch as usize,
         threads: config.loader.threads as usize,
+        fetches: config.loader.fetches as usize,
         cache_bytes: LoaderPlan::CACHE_BYTES,
         augment: true,
     }

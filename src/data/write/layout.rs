@@ -47,8 +47,8 @@ impl ReadVolume {
             slice: slice.slice,
             channels,
             shape: slice.shape,
-            image: slice.image,
-            label: slice.label,
+            image: slice.image.into(),
+            label: slice.label.map(Into::into),
         });
         let rows: Vec<SliceRow> = rows.collect();
         let tally = Tally::of(entry.split, &rows, channels, classes);

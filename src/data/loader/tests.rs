@@ -1,4 +1,4 @@
-//! The loader against the deal: order, content, bounds, errors, stopping.
+//! The loader against the deal: order, content, refusals. How it goes about it: `flow_tests.rs`.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,6 +44,7 @@ fn plan() -> LoaderPlan {
         patch: (32, 40),
         prefetch: 3,
         threads: 2,
+        fetches: 4,
         cache_bytes: LoaderPlan::CACHE_BYTES,
         augment: true,
     }
@@ -207,45 +208,6 @@ fn an_epoch_fetches_each_block_about_once() {
 }
 
 #[test]
-fn dropping_it_stops_at_once_even_in_the_middle_of_a_fetch() {
-    let dataset = Dataset::open(Slow::new(Duration::from_secs(3600))).unwrap();
-    let loader = Loader::start(dataset, plan()).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
-    let dropped = Instant::now();
-    drop(loader);
-    assert!(dropped.elapsed() < Duration::from_secs(1), "{:?}", dropped.elapsed());
-}
-
-#[test]
-fn no_more_than_prefetch_is_prepared() {
-    let mut loader = Loader::start(Dataset::open(stored()).unwrap(), plan()).unwrap();
-    loader.next().unwrap().unwrap();
-    std::thread::sleep(Duration::from_millis(300));
-    let state = loader.shared.lock();
-    assert_eq!((state.next_given, state.next_taken), (1, 4));
-    assert_eq!(state.ready.len(), 3);
-}
-
-#[test]
-fn a_damaged_shard_ends_it_with_the_objects_name() {
-    let objects = stored();
-    let shard = "shards/train-00000.parquet";
-    let mut bytes = objects.bytes(shard).unwrap().to_vec();
-    let end = bytes.len() / 2;
-    bytes[..end].fill(0);
-    objects.replace(shard, bytes.into());
-    let mut loader = Loader::start(Dataset::open(objects).unwrap(), plan()).unwrap();
-    let error = loop {
-        match loader.next() {
-            Ok(batch) => assert!(batch.is_some(), "it ended without an error"),
-            Err(error) => break error,
-        }
-    };
-    assert!(matches!(&error, DataError::Damaged { object, .. } if object == shard), "{error}");
-    assert!(matches!(loader.next(), Err(DataError::Stopped)));
-}
-
-#[test]
 fn plans_that_cannot_be_are_refused() {
     let start = |plan| Loader::start(Dataset::open(stored()).unwrap(), plan).map(|_| ());
     let error = start(LoaderPlan { world: WorldSize(9), ..plan() }).unwrap_err();
@@ -254,6 +216,7 @@ fn plans_that_cannot_be_are_refused() {
     assert!(error.to_string().contains("6 labelled training patients"), "{error}");
     assert!(start(LoaderPlan { labelled_patients: 0, ..plan() }).is_err());
     assert!(start(LoaderPlan { prefetch: 0, ..plan() }).is_err());
+    assert!(start(LoaderPlan { fetches: 0, ..plan() }).is_err());
     // All patients labelled: the unlabelled pool is empty, and nothing is dealt from it.
     let all = load(stored(), LoaderPlan { labelled_patients: 6, ..plan() });
     assert!(all.iter().all(|batch| batch.n_unlabelled == 0 && batch.n_labelled == 3));

@@ -3,7 +3,8 @@
 //! Everything here blocks the calling thread and may be called from any thread; the waiting is
 //! done by the runtime, so a caller that is told to stop leaves at once. What is returned has been
 //! verified against the manifest, through the index of its shard. Nothing but a bounded number of
-//! footers is kept: caching blocks is the loader's business.
+//! footers is kept in memory: keeping decoded blocks is the loader's business, and keeping fetched ones on
+//! the disk that of the block cache, if one is given.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -23,6 +24,7 @@ use super::manifest::{
 };
 use super::shard::{ShardFooter, SliceRow};
 use super::source::ObjectReader;
+use crate::store::{BlockCache, BlockCacheCounts};
 use crate::types::ObjectDigest;
 
 /// Footers kept parsed. A rank walks a few stretches, each within one shard at a time.
@@ -96,6 +98,7 @@ struct SplitBlocks {
 
 struct Inner {
     reader: Arc<dyn ObjectReader>,
+    cache: Option<BlockCache>,
     runtime: IoRuntime,
     manifest: Manifest,
     digest: ObjectDigest,
@@ -119,6 +122,14 @@ impl std::fmt::Debug for Dataset {
 impl Dataset {
     /// Fetches and checks the manifest.
     pub fn open(reader: Arc<dyn ObjectReader>) -> Result<Self, DataError> {
+        Self::open_cached(reader, None)
+    }
+
+    /// The same; blocks, footers and indexes are then looked for in `cache` before they are fetched.
+    pub fn open_cached(
+        reader: Arc<dyn ObjectReader>,
+        cache: Option<BlockCache>,
+    ) -> Result<Self, DataError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("cpcr-data-io")
@@ -141,7 +152,13 @@ impl Dataset {
         }
         let digest = ObjectDigest::of(&bytes);
         let open = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { reader, runtime, manifest, digest, splits, open }) })
+        let inner = Inner { reader, cache, runtime, manifest, digest, splits, open };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// What the block cache has done for this dataset's process so far; `None` without one.
+    pub fn cache_counts(&self) -> Option<BlockCacheCounts> {
+        self.inner.cache.as_ref().map(BlockCache::counts)
     }
 
     /// What the dataset says about itself.
@@ -323,7 +340,8 @@ async fn fetch_group(
     let entry = &shard.index.groups[group];
     let range = entry.offset..entry.offset + entry.digest.bytes;
     let what = format!("row group {group}");
-    let bytes = verified(&inner, &shard.index.object, Some(range), &entry.digest, &what).await?;
+    let fetch = verified(&inner, &shard.index.object, Some(range), &entry.digest, &what);
+    let bytes = inner.cached(&entry.digest, fetch).await?;
     Ok((shard, group, bytes))
 }
 
@@ -334,11 +352,13 @@ async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
         return Ok(shard);
     }
     let entry: &ShardEntry = &inner.manifest.shards[number];
-    let bytes = verified(inner, &entry.index, None, &entry.index_digest, "the index").await?;
+    let fetch = verified(inner, &entry.index, None, &entry.index_digest, "the index");
+    let bytes = inner.cached(&entry.index_digest, fetch).await?;
     let index = ShardIndex::parse(&bytes, entry, inner.manifest.block_rows)?;
     let range = index.footer_offset..entry.digest.bytes;
     let digest = &index.footer_digest;
-    let footer = verified(inner, &entry.object, Some(range), digest, "the footer").await?;
+    let fetch = verified(inner, &entry.object, Some(range), digest, "the footer");
+    let footer = inner.cached(digest, fetch).await?;
     let footer = ShardFooter::parse(&index, footer)?;
     let shard = Arc::new(OpenShard { index, footer });
     inner.keep_open(number, Arc::clone(&shard));
@@ -346,6 +366,18 @@ async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
 }
 
 impl Inner {
+    /// The bytes of `digest` from the disk, else from `fetch`.
+    async fn cached(
+        &self,
+        digest: &ObjectDigest,
+        fetch: impl Future<Output = Result<Bytes, DataError>>,
+    ) -> Result<Bytes, DataError> {
+        match &self.cache {
+            Some(cache) => cache.or_fetch(digest, fetch).await,
+            None => fetch.await,
+        }
+    }
+
     fn take_open(&self, number: usize) -> Option<Arc<OpenShard>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let at = open.iter().position(|(other, _)| *other == number)?;

@@ -3,7 +3,7 @@
 //!
 //! The processes are this test binary again: it runs [`as_a_process`] alone, with its part in the environment.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // The lint's exception for tests stops at their helpers.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout)] // The lint's exception for tests stops at their helpers.
 
 mod support;
 

@@ -186,15 +186,20 @@ proptest! {
     }
 }
 
+/// What happens to a cached block's bytes.
+type Damage = fn(&mut Vec<u8>);
+
 #[test]
 fn a_damaged_block_is_removed_counted_and_kept_anew() {
     let folder = tempfile::tempdir().unwrap();
     let cache = open(folder.path(), 1000);
     let (digest, bytes) = block(5);
-    let damages: [&dyn Fn(&mut Vec<u8>); 4] =
-        [&|bytes| bytes[0] ^= 0x80, &|bytes| bytes.truncate(3), &|bytes| bytes.push(0), &|bytes| {
-            bytes.clear()
-        }];
+    let damages: [Damage; 4] = [
+        |bytes| bytes[0] ^= 0x80,
+        |bytes| bytes.truncate(3),
+        |bytes| bytes.push(0),
+        |bytes| bytes.clear(),
+    ];
     for (round, damage) in damages.into_iter().enumerate() {
         assert_eq!(insert(&cache, 5), Ok(Kept::New));
         assert_eq!(cache.get(&digest).as_deref(), Some(&bytes[..]));

@@ -162,7 +162,8 @@ fn writers_killed_at_any_moment_leave_a_sound_cache_within_its_limit_and_no_lock
         let (digest, bytes) = block(BLOCKS + round);
         assert_eq!(cache.insert(&digest, &bytes), Ok(Kept::New), "round {round}");
         assert_eq!(cache.get(&digest).unwrap(), bytes);
-        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        // A lock left behind would have been an error above; this is generous to a busy machine.
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
         assert_eq!(fs::read_dir(dir.join("v1/tmp")).unwrap().count(), 0, "round {round}");
         assert_eq!(account(dir), bytes_in(dir), "round {round}");
         kept += intact(&cache, &known);

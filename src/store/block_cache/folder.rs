@@ -26,7 +26,7 @@ use crate::store::unique_id;
 use crate::types::ObjectDigest;
 
 /// How long the lock is waited for. It is held for fractions of a millisecond, and while a recount runs.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 /// Longest pause between two looks at the lock: `flock` knows no deadline, so there is no event to wait for.
 const LOCK_PAUSE_MAX: Duration = Duration::from_millis(2);
 /// Evictions for one insertion: a lowered limit is reached over some insertions, not in one long one.

@@ -15,7 +15,7 @@ const LIBTORCH_VERSION: &str = "2.11.0";
 const DRIVER_MAJOR_MIN: u32 = 580;
 /// Below this NCCL's and the loaders' shared-memory segments run out; Docker's default is 64 MiB.
 const SHM_BYTES_MIN: u64 = 1 << 30;
-/// Checkpoints, the block cache and the demonstration's bucket fit into this.
+/// Checkpoints and the demonstration's bucket fit into this.
 const DISK_BYTES_MIN: u64 = 5 << 30;
 /// A trainer of the paper's setting peaks below this on a CPU.
 const MEMORY_BYTES_MIN: u64 = 4 << 30;
@@ -124,7 +124,7 @@ fn doctor_at(
             "disk",
             Path::new("."),
             DISK_BYTES_MIN,
-            "checkpoints and the block cache may not fit: start in a folder on a larger disk",
+            "checkpoints may not fit: start in a folder on a larger disk",
         ),
         cores_finding(root),
         memory_finding(root),

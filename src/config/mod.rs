@@ -177,6 +177,16 @@ impl RunConfig {
         if let Some((key, value)) = loader.into_iter().find(|(_, n)| !(1..=1024).contains(n)) {
             return fail(key, value.to_string(), "1 to 1024");
         }
+        if let Some(dir) = &self.loader.cache_dir
+            && !std::path::Path::new(dir).is_absolute()
+        {
+            // The processes of a machine start in different folders.
+            return fail(
+                "loader.cache_dir",
+                dir.clone(),
+                "an absolute path ('~' is not known here)",
+            );
+        }
         Ok(())
     }
 
@@ -292,6 +302,14 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_folder_that_depends_on_where_a_process_starts_is_refused() {
+        let mut config = RunConfig::default();
+        config.loader.cache_dir = Some("~/blocks".to_owned());
+        let told = config.validate().unwrap_err().to_string();
+        assert!(told.contains("loader.cache_dir = ~/blocks: an absolute path"), "{told}");
+    }
+
+    #[test]
     fn a_method_has_what_it_needs_on_every_worker() {
         let config = |method, labelled, unlabelled| RunConfig {
             method,
@@ -315,6 +333,9 @@ mod tests {
         let mut other = config.clone();
         other.train.iterations = 7;
         other.loader.threads = 9;
+        other.loader.cache_dir = Some("/scratch/blocks".to_owned());
+        other.loader.cache_gib = 0;
+        other.validate().unwrap();
         other.checkpoint.keep_last = 9;
         assert_eq!(config.identity(), other.identity());
         other.train.seed = 1;

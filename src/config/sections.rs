@@ -227,6 +227,11 @@ section!(
         fetches: u32 = 16,
         /// Batches made ahead.
         prefetch: u32 = 4,
+        /// Folder of the block cache, shared by the processes of a machine. By default, for datasets that come over a
+        /// network, `cpcr/blocks` in the user's cache folder; none for others.
+        cache_dir: Option<String> = None,
+        /// GiB that it may take, over all runs; 0: no cache.
+        cache_gib: u32 = 16,
     }
 );
 

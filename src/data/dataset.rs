@@ -2,8 +2,9 @@
 //!
 //! What is public here blocks the calling thread and may be called from any thread; the loader runs
 //! its fetches on the runtime itself. What is returned has been verified against the manifest, through
-//! the index of its shard. Nothing but a bounded number of footers is kept: caching decoded blocks is
-//! the loader's business.
+//! the index of its shard. Nothing but a bounded number of footers is kept in memory: keeping decoded
+//! blocks is the loader's business, and keeping fetched ones on the disk that of the block cache, if
+//! one is given.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -23,6 +24,7 @@ use super::manifest::{
 };
 use super::shard::{Labels, ShardFooter, SliceRow};
 use super::source::ObjectReader;
+use crate::store::{BlockCache, BlockCacheCounts};
 use crate::types::ObjectDigest;
 
 /// Footers kept parsed. A rank walks a few stretches, each within one shard at a time.
@@ -95,6 +97,7 @@ struct SplitBlocks {
 
 struct Inner {
     reader: Arc<dyn ObjectReader>,
+    cache: Option<BlockCache>,
     runtime: IoRuntime,
     manifest: Manifest,
     digest: ObjectDigest,
@@ -122,6 +125,14 @@ impl std::fmt::Debug for Dataset {
 impl Dataset {
     /// Fetches and checks the manifest.
     pub fn open(reader: Arc<dyn ObjectReader>) -> Result<Self, DataError> {
+        Self::open_cached(reader, None)
+    }
+
+    /// The same; blocks, footers and indexes are then looked for in `cache` before they are fetched.
+    pub fn open_cached(
+        reader: Arc<dyn ObjectReader>,
+        cache: Option<BlockCache>,
+    ) -> Result<Self, DataError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("cpcr-data-io")
@@ -144,8 +155,13 @@ impl Dataset {
         }
         let digest = ObjectDigest::of(&bytes);
         let (open, tables) = (Mutex::default(), Mutex::default());
-        let inner = Inner { reader, runtime, manifest, digest, splits, open, tables };
+        let inner = Inner { reader, cache, runtime, manifest, digest, splits, open, tables };
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// What the block cache has done for this dataset's process so far; `None` without one.
+    pub fn cache_counts(&self) -> Option<BlockCacheCounts> {
+        self.inner.cache.as_ref().map(BlockCache::counts)
     }
 
     /// What the dataset says about itself.
@@ -379,7 +395,8 @@ async fn fetch_group(
     let entry = &shard.index.groups[group];
     let range = entry.offset..entry.offset + entry.digest.bytes;
     let what = format!("row group {group}");
-    let bytes = verified(&inner, &shard.index.object, Some(range), &entry.digest, &what).await?;
+    let fetch = verified(&inner, &shard.index.object, Some(range), &entry.digest, &what);
+    let bytes = inner.cached(&entry.digest, fetch).await?;
     Ok((shard, group, bytes))
 }
 
@@ -391,16 +408,30 @@ async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
 
 async fn read_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, DataError> {
     let entry: &ShardEntry = &inner.manifest.shards[number];
-    let bytes = verified(inner, &entry.index, None, &entry.index_digest, "the index").await?;
+    let fetch = verified(inner, &entry.index, None, &entry.index_digest, "the index");
+    let bytes = inner.cached(&entry.index_digest, fetch).await?;
     let index = ShardIndex::parse(&bytes, entry, inner.manifest.block_rows)?;
     let range = index.footer_offset..entry.digest.bytes;
     let digest = &index.footer_digest;
-    let footer = verified(inner, &entry.object, Some(range), digest, "the footer").await?;
+    let fetch = verified(inner, &entry.object, Some(range), digest, "the footer");
+    let footer = inner.cached(digest, fetch).await?;
     let footer = ShardFooter::parse(&index, footer)?;
     Ok(Arc::new(OpenShard { index, footer }))
 }
 
 impl Inner {
+    /// The bytes of `digest` from the disk, else from `fetch`.
+    async fn cached(
+        &self,
+        digest: &ObjectDigest,
+        fetch: impl Future<Output = Result<Bytes, DataError>>,
+    ) -> Result<Bytes, DataError> {
+        match &self.cache {
+            Some(cache) => cache.or_fetch(digest, fetch).await,
+            None => fetch.await,
+        }
+    }
+
     /// The place of a shard's index and footer, for the longest unused one if need be.
     fn open_cell(&self, number: usize) -> ShardCell {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);

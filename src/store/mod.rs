@@ -5,10 +5,13 @@
 //! leaves open: create-if-absent that recognises its own retried write, reads verified against a
 //! digest, one bounded deadline for everything, and errors that say what to do next.
 //!
-//! What it is not: a cache, a file system, or a place for formats. Nothing here knows what the
+//! Beside it, [`BlockCache`] keeps verified blocks on the local disk for all processes of a machine.
+//!
+//! What it is not: a file system, or a place for formats. Nothing here knows what the
 //! bytes mean.
 
 mod backend;
+mod block_cache;
 mod error;
 mod faulty;
 mod options;
@@ -19,6 +22,7 @@ mod store;
 mod transfer;
 mod unique;
 
+pub use block_cache::{BlockCache, BlockCacheCounts, BlockCacheOptions, Kept, NotKept};
 pub use error::StoreError;
 pub use faulty::{Fault, FaultyStore};
 pub use options::{MissingFolder, StoreOptions};

@@ -49,7 +49,11 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
     let orders = Orders::listen();
     // Said before anything is tidied up: that takes its time, and peers are already waiting.
     let mut t = Trainer::prepare(assignment).inspect_err(say_why)?;
-    train(&mut t, &orders, telemetry).inspect_err(say_why)
+    let status = train(&mut t, &orders, telemetry).inspect_err(say_why);
+    if let Some(counts) = t.dataset.cache_counts() {
+        tracing::info!(%counts, "block cache");
+    }
+    status
 }
 
 fn say_why(error: &TrainerError) {

@@ -20,7 +20,7 @@ use crate::ledger::{Attestation, Receipts};
 use crate::method::Method;
 use crate::model::{Ensemble, Heads, Sgd};
 use crate::proto::{Assignment, Doing, LedgerStart, TrainerEvent};
-use crate::store::{Store, StoreOptions};
+use crate::store::{BlockCache, Store, StoreOptions};
 use crate::types::{Backend, Rank, Step, WorldSize};
 
 /// Size of a gradient bucket. The network has 10 MB of gradients: several buckets, so that their
@@ -76,7 +76,9 @@ impl Trainer {
         let config = config::load(&ConfigSource::Text(text), &[])?;
         let data = config.data.url.clone().unwrap_or_default();
         let store = Store::open(&data, &StoreOptions::default().existing())?;
-        let dataset = Dataset::open(Arc::new(store))?;
+        let dir = config.loader.cache_dir.as_deref();
+        let cache = BlockCache::for_dataset(store.url(), dir, config.loader.cache_gib);
+        let dataset = Dataset::open_cached(Arc::new(store), cache)?;
         let checkpoint = runtime.block_on(load_latest(&run))?;
 
         let device = device::open(assignment.backend, config.train.precision)?;

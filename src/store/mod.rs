@@ -10,6 +10,9 @@
 
 mod backend;
 mod error;
+mod fault_plan;
+mod fault_proxy;
+mod fault_wire;
 mod faulty;
 mod options;
 mod s3_keyed;
@@ -20,6 +23,8 @@ mod transfer;
 mod unique;
 
 pub use error::StoreError;
+pub use fault_plan::{FaultPlan, InjectedFault};
+pub use fault_proxy::{FaultProxy, InjectedCounts};
 pub use faulty::{Fault, FaultyStore};
 pub use options::{MissingFolder, StoreOptions};
 pub use s3_server::{S3Server, S3ServerError, S3ServerOptions, serve};

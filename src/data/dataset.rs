@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
@@ -18,11 +17,13 @@ use futures::stream;
 
 use super::augment::Shape;
 use super::error::DataError;
+use super::fetch::{agreed, verified};
 use super::manifest::{
     MANIFEST_PATH, Manifest, ShardEntry, ShardIndex, Split, VolumeEntry, VolumeId,
 };
 use super::shard::{ShardFooter, SliceRow};
 use super::source::ObjectReader;
+use crate::store::ReadFaults;
 use crate::types::ObjectDigest;
 
 /// Footers kept parsed. A rank walks a few stretches, each within one shard at a time.
@@ -127,9 +128,8 @@ impl Dataset {
             .map_err(|error| DataError::Thread(format!("start the data runtime: {error}")))?;
         let runtime = IoRuntime(Some(runtime));
         let source = Arc::clone(&reader);
-        let bytes = wait(&runtime, &StopFlag::default(), async move {
-            source.get(MANIFEST_PATH).await.map_err(|error| DataError::read(MANIFEST_PATH, error))
-        })??;
+        let manifest = async move { agreed(&*source, MANIFEST_PATH).await };
+        let bytes = wait(&runtime, &StopFlag::default(), manifest)??;
         let manifest = Manifest::parse(&bytes)?;
         let mut splits: [SplitBlocks; 3] = Default::default();
         for (number, shard) in manifest.shards.iter().enumerate() {
@@ -208,6 +208,11 @@ impl Dataset {
             .collect()
     }
 
+    /// What went wrong with reads so far, and was cured: see [`ReadFaults`].
+    pub fn read_faults(&self) -> ReadFaults {
+        self.inner.reader.read_faults()
+    }
+
     /// Re-reads every object of a shard in full and compares all hashes with the manifest.
     pub(crate) fn verify_shard(&self, number: usize) -> Result<u64, DataError> {
         let inner = Arc::clone(&self.inner);
@@ -215,7 +220,7 @@ impl Dataset {
             let shard = open_shard(&inner, number).await?;
             let entry = &inner.manifest.shards[number];
             let what = "the whole object";
-            let bytes = verified(&inner, &entry.object, None, &entry.digest, what).await?;
+            let bytes = verified(&*inner.reader, &entry.object, None, &entry.digest, what).await?;
             Ok::<_, DataError>((shard, bytes))
         })??;
         for (number, group) in shard.index.groups.iter().enumerate() {
@@ -323,7 +328,8 @@ async fn fetch_group(
     let entry = &shard.index.groups[group];
     let range = entry.offset..entry.offset + entry.digest.bytes;
     let what = format!("row group {group}");
-    let bytes = verified(&inner, &shard.index.object, Some(range), &entry.digest, &what).await?;
+    let bytes =
+        verified(&*inner.reader, &shard.index.object, Some(range), &entry.digest, &what).await?;
     Ok((shard, group, bytes))
 }
 
@@ -334,11 +340,12 @@ async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
         return Ok(shard);
     }
     let entry: &ShardEntry = &inner.manifest.shards[number];
-    let bytes = verified(inner, &entry.index, None, &entry.index_digest, "the index").await?;
+    let reader = &*inner.reader;
+    let bytes = verified(reader, &entry.index, None, &entry.index_digest, "the index").await?;
     let index = ShardIndex::parse(&bytes, entry, inner.manifest.block_rows)?;
     let range = index.footer_offset..entry.digest.bytes;
     let digest = &index.footer_digest;
-    let footer = verified(inner, &entry.object, Some(range), digest, "the footer").await?;
+    let footer = verified(reader, &entry.object, Some(range), digest, "the footer").await?;
     let footer = ShardFooter::parse(&index, footer)?;
     let shard = Arc::new(OpenShard { index, footer });
     inner.keep_open(number, Arc::clone(&shard));
@@ -363,28 +370,6 @@ impl Inner {
         }
         open.push_back((number, shard));
     }
-}
-
-/// Fetches bytes that must match `digest`, once more if they do not.
-async fn verified(
-    inner: &Inner,
-    object: &str,
-    range: Option<Range<u64>>,
-    digest: &ObjectDigest,
-    what: &str,
-) -> Result<Bytes, DataError> {
-    for attempt in 1..=2 {
-        let fetched = match range.clone() {
-            Some(range) => inner.reader.get_range(object, range).await,
-            None => inner.reader.get(object).await,
-        };
-        let bytes = fetched.map_err(|error| DataError::read(object, error))?;
-        if digest.matches(&bytes) {
-            return Ok(bytes);
-        }
-        tracing::warn!(object, what, attempt, bytes = bytes.len(), "fetched bytes are damaged");
-    }
-    Err(DataError::Damaged { object: object.to_owned(), what: what.to_owned() })
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod augment;
 mod cache;
 pub mod dataset;
 mod error;
+mod fetch;
 pub mod import;
 pub mod loader;
 pub mod manifest;

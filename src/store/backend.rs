@@ -16,6 +16,7 @@ use object_store::{
 };
 use url::Url;
 
+use super::aws_profile;
 use super::error::{StoreError, one_line};
 use super::http_note::NotingConnector;
 use super::options::{MissingFolder, StoreOptions};
@@ -127,7 +128,10 @@ macro_rules! engines {
 }
 
 fn open_s3(url: &str, bucket: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
-    let settings = settings("aws_", options);
+    let mut settings = settings("aws_", options);
+    let profile = aws_profile::settings(&settings)
+        .map_err(|detail| StoreError::BadUrl { url: url.to_owned(), detail })?;
+    settings.splice(0..0, profile);
     let mut builder = AmazonS3Builder::new();
     let mut client = client_options(options);
     for (key, value) in &settings {

@@ -8,6 +8,7 @@
 //! What it is not: a cache, a file system, or a place for formats. Nothing here knows what the
 //! bytes mean.
 
+mod aws_profile;
 mod backend;
 mod error;
 mod fault_plan;

@@ -2,7 +2,7 @@
 //!
 //! The embedded S3 server, the fault proxy in front of it, a small dataset. Every test takes its draws from a seed that
 //! its assertions print. The long form injects as many corruptions as are asked for, in place of some hundreds:
-//! `CPCR_TEST_CORRUPTIONS=10000 cargo test --test faults corruptions`.
+//! `CPCR_TEST_CORRUPTIONS=10000 cargo test --test faults corruptions` (seven minutes, mostly pauses between attempts).
 
 // Helpers outside #[test] functions panic on purpose too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -309,4 +309,13 @@ fn a_stall_is_overtaken_by_a_second_request() {
         assert!(faults.hedges_won >= 2 && faults.of(FaultKind::Stall) >= 2, "{faults:?}");
         assert_eq!(world.proxy.counts().of(InjectedFault::Stall), 2);
     });
+}
+
+#[test]
+fn a_lost_first_answer_is_asked_for_again() {
+    let world = World::new();
+    let plan = FaultPlan::none().at(0, InjectedFault::Stall).at(1, InjectedFault::Reset);
+    world.proxy.set_plan(plan.only(".contact"));
+    world.runtime.block_on(async { world.store().get("manifest.json").await.unwrap() });
+    assert_eq!(world.proxy.counts().total(), 2);
 }

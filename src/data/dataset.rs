@@ -8,7 +8,6 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use bytes::Bytes;
@@ -19,12 +18,13 @@ use tokio::task::AbortHandle;
 
 use super::augment::Shape;
 use super::error::DataError;
+use super::fetch::{agreed, verified};
 use super::manifest::{
     MANIFEST_PATH, Manifest, ShardEntry, ShardIndex, Split, VolumeEntry, VolumeId,
 };
 use super::shard::{Labels, ShardFooter, SliceRow};
 use super::source::ObjectReader;
-use crate::store::{BlockCache, BlockCacheCounts};
+use crate::store::{BlockCache, BlockCacheCounts, ReadFaults};
 use crate::types::ObjectDigest;
 
 /// Footers kept parsed. A rank walks a few stretches, each within one shard at a time.
@@ -141,9 +141,8 @@ impl Dataset {
             .map_err(|error| DataError::Thread(format!("start the data runtime: {error}")))?;
         let runtime = IoRuntime(Some(runtime));
         let source = Arc::clone(&reader);
-        let bytes = wait(&runtime, async move {
-            source.get(MANIFEST_PATH).await.map_err(|error| DataError::read(MANIFEST_PATH, error))
-        })??;
+        let manifest = async move { agreed(&*source, MANIFEST_PATH).await };
+        let bytes = wait(&runtime, manifest)??;
         let manifest = Manifest::parse(&bytes)?;
         let mut splits: [SplitBlocks; 3] = Default::default();
         for (number, shard) in manifest.shards.iter().enumerate() {
@@ -285,6 +284,11 @@ impl Dataset {
         Ok(runtime.spawn(task).abort_handle())
     }
 
+    /// What went wrong with reads so far, and was cured: see [`ReadFaults`].
+    pub fn read_faults(&self) -> ReadFaults {
+        self.inner.reader.read_faults()
+    }
+
     /// Re-reads every object of a shard in full and compares all hashes with the manifest; `look` is shown
     /// every row, in order, and says what is wrong with it.
     pub(crate) fn verify_shard(
@@ -297,7 +301,7 @@ impl Dataset {
             let shard = open_shard(&inner, number).await?;
             let entry = &inner.manifest.shards[number];
             let what = "the whole object";
-            let bytes = verified(&inner, &entry.object, None, &entry.digest, what).await?;
+            let bytes = verified(&*inner.reader, &entry.object, None, &entry.digest, what).await?;
             Ok::<_, DataError>((shard, bytes))
         })??;
         for (number, group) in shard.index.groups.iter().enumerate() {
@@ -395,7 +399,7 @@ async fn fetch_group(
     let entry = &shard.index.groups[group];
     let range = entry.offset..entry.offset + entry.digest.bytes;
     let what = format!("row group {group}");
-    let fetch = verified(&inner, &shard.index.object, Some(range), &entry.digest, &what);
+    let fetch = verified(&*inner.reader, &shard.index.object, Some(range), &entry.digest, &what);
     let bytes = inner.cached(&entry.digest, fetch).await?;
     Ok((shard, group, bytes))
 }
@@ -408,12 +412,13 @@ async fn open_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
 
 async fn read_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, DataError> {
     let entry: &ShardEntry = &inner.manifest.shards[number];
-    let fetch = verified(inner, &entry.index, None, &entry.index_digest, "the index");
+    let reader = &*inner.reader;
+    let fetch = verified(reader, &entry.index, None, &entry.index_digest, "the index");
     let bytes = inner.cached(&entry.index_digest, fetch).await?;
     let index = ShardIndex::parse(&bytes, entry, inner.manifest.block_rows)?;
     let range = index.footer_offset..entry.digest.bytes;
     let digest = &index.footer_digest;
-    let fetch = verified(inner, &entry.object, Some(range), digest, "the footer");
+    let fetch = verified(reader, &entry.object, Some(range), digest, "the footer");
     let footer = inner.cached(digest, fetch).await?;
     let footer = ShardFooter::parse(&index, footer)?;
     Ok(Arc::new(OpenShard { index, footer }))
@@ -444,28 +449,6 @@ impl Inner {
         open.push_back(found);
         cell
     }
-}
-
-/// Fetches bytes that must match `digest`, once more if they do not.
-async fn verified(
-    inner: &Inner,
-    object: &str,
-    range: Option<Range<u64>>,
-    digest: &ObjectDigest,
-    what: &str,
-) -> Result<Bytes, DataError> {
-    for attempt in 1..=2 {
-        let fetched = match range.clone() {
-            Some(range) => inner.reader.get_range(object, range).await,
-            None => inner.reader.get(object).await,
-        };
-        let bytes = fetched.map_err(|error| DataError::read(object, error))?;
-        if digest.matches(&bytes) {
-            return Ok(bytes);
-        }
-        tracing::warn!(object, what, attempt, bytes = bytes.len(), "fetched bytes are damaged");
-    }
-    Err(DataError::Damaged { object: object.to_owned(), what: what.to_owned() })
 }
 
 #[cfg(test)]

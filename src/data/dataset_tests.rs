@@ -1,5 +1,6 @@
 //! Reading back what was written, through readers that damage bytes.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::future::BoxFuture;
@@ -173,11 +174,19 @@ fn one_damaged_answer_is_fetched_again() {
     ] {
         let dataset = damaging(1, pick).unwrap();
         assert_eq!(dataset.load_volume(VolumeId(0)).unwrap().shape, [7, 6, 5]);
-        let dataset = damaging(2, pick).unwrap();
+        let dataset = damaging(usize::MAX, pick).unwrap();
         let error = dataset.load_volume(VolumeId(0)).unwrap_err();
         let DataError::Damaged { object, .. } = &error else { panic!("{error}") };
         assert!(object.starts_with("shards/train-00000"), "{error}");
+        let words = error.to_string();
+        assert!(words.contains("bytes ") && words.contains("fetched 6 times"), "{words}");
     }
+}
+
+#[test]
+fn a_damaged_manifest_is_read_until_two_agree() {
+    let manifest: fn(&str, Option<&Range<u64>>) -> bool = |path, _| path == MANIFEST_PATH;
+    assert_eq!(damaging(1, manifest).unwrap().manifest().name, "test");
 }
 
 #[test]

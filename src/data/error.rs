@@ -33,13 +33,15 @@ pub enum DataError {
         #[source]
         source: SourceError,
     },
-    /// The bytes are not the ones that were written, twice in a row: restore the object.
-    #[error("`{object}` is damaged: {what}, and again after it was fetched a second time")]
+    /// The bytes are not the ones that were written, however often they are fetched: restore the object.
+    #[error("`{object}` is damaged: {what} (fetched {tries} times)")]
     Damaged {
         /// Path of the object within the dataset.
         object: String,
-        /// Which part of it.
+        /// Which bytes of it; expected and found.
         what: String,
+        /// How often they were fetched.
+        tries: u32,
     },
     /// A newer program wrote this: update `cpcr`.
     #[error("`{object}` has format {found}; this program reads up to {supported}: update it")]

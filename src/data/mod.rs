@@ -9,6 +9,7 @@
 pub mod augment;
 pub mod dataset;
 mod error;
+mod fetch;
 pub mod import;
 pub mod loader;
 pub mod manifest;

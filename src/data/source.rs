@@ -13,6 +13,8 @@ use std::sync::{Mutex, PoisonError};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+use crate::store::ReadFaults;
+
 /// Why storage could not answer.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -45,6 +47,12 @@ pub trait ObjectReader: Send + Sync + 'static {
         path: &'a str,
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<Bytes, SourceError>>;
+    /// Told by who verifies: bytes of `path` from `offset` on did not match their hash.
+    fn mismatch(&self, _path: &str, _offset: u64) {}
+    /// What went wrong with reads so far; nothing where nobody counts.
+    fn read_faults(&self) -> ReadFaults {
+        ReadFaults::default()
+    }
 }
 
 /// Writes whole objects, and looks at what is there.

@@ -7,7 +7,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use super::source::{ObjectReader, ObjectWriter, SourceError};
-use crate::store::{Created, Store, StoreError};
+use crate::store::{Created, ReadFaults, Store, StoreError};
 
 impl From<StoreError> for SourceError {
     fn from(error: StoreError) -> Self {
@@ -26,6 +26,14 @@ impl ObjectReader for Store {
         range: Range<u64>,
     ) -> BoxFuture<'a, Result<Bytes, SourceError>> {
         async move { Ok(Store::get_range(self, path, range).await?) }.boxed()
+    }
+
+    fn mismatch(&self, path: &str, offset: u64) {
+        Store::mismatch(self, path, offset);
+    }
+
+    fn read_faults(&self) -> ReadFaults {
+        Store::read_faults(self)
     }
 }
 

@@ -16,12 +16,16 @@ use object_store::{
 };
 use url::Url;
 
+use super::aws_profile;
 use super::error::{StoreError, one_line};
+use super::http_note::NotingConnector;
 use super::options::{MissingFolder, StoreOptions};
 
 /// An engine, where in it the store begins, and what an unreachable one should hint at.
 pub(super) struct Backend {
     pub engine: Arc<dyn ObjectStore>,
+    /// For reads over a network: no retries of its own, no limit on the whole, notes on every answer.
+    pub reads: Option<Arc<dyn ObjectStore>>,
     pub prefix: Path,
     pub url: String,
     /// `None` for stores that need no network.
@@ -55,8 +59,8 @@ pub(super) fn open(url: &str, options: &StoreOptions) -> Result<Backend, StoreEr
     if scheme != "memory" && bucket.is_empty() {
         return Err(bad(format!("it names no bucket: {scheme}://BUCKET/PREFIX")));
     }
-    let (engine, network): (Arc<dyn ObjectStore>, _) = match scheme {
-        "memory" => (Arc::new(InMemory::new()), None),
+    let opened = match scheme {
+        "memory" => Opened { engine: Arc::new(InMemory::new()), reads: None, network: None },
         "s3" | "s3a" => open_s3(url, bucket, options)?,
         "gs" => open_gcs(url, options)?,
         "az" | "azure" | "abfs" | "abfss" => open_azure(url, options)?,
@@ -66,7 +70,8 @@ pub(super) fn open(url: &str, options: &StoreOptions) -> Result<Backend, StoreEr
         }
     };
     let url = url.trim_end_matches('/').to_owned();
-    Ok(Backend { engine, prefix, url, network })
+    let Opened { engine, reads, network } = opened;
+    Ok(Backend { engine, reads, prefix, url, network })
 }
 
 fn open_folder(url: &str, folder: &FsPath, options: &StoreOptions) -> Result<Backend, StoreError> {
@@ -92,13 +97,41 @@ fn open_folder(url: &str, folder: &FsPath, options: &StoreOptions) -> Result<Bac
         Ok(url) => url.as_str().trim_end_matches('/').to_owned(),
         Err(()) => url.to_owned(),
     };
-    Ok(Backend { engine: Arc::new(engine), prefix: Path::default(), url, network: None })
+    let engine = Arc::new(engine);
+    Ok(Backend { engine, reads: None, prefix: Path::default(), url, network: None })
 }
 
-type Opened = (Arc<dyn ObjectStore>, Option<NetworkHint>);
+struct Opened {
+    engine: Arc<dyn ObjectStore>,
+    reads: Option<Arc<dyn ObjectStore>>,
+    network: Option<NetworkHint>,
+}
+
+/// The two engines of a cloud's builder: see [`Backend::reads`]. A macro, because the builders
+/// have the same methods and no trait for them.
+macro_rules! engines {
+    ($url:expr, $builder:expr, $client:expr, $options:expr, $hint:expr) => {{
+        let (builder, client) = ($builder, $client);
+        let failed = |error: object_store::Error| bad_url($url, &error);
+        let reads = builder
+            .clone()
+            .with_client_options(client.clone().with_timeout_disabled())
+            .with_retry(RetryConfig { max_retries: 0, ..retry($options) })
+            .with_http_connector(NotingConnector::default());
+        let engine = builder.with_client_options(client).with_retry(retry($options));
+        Ok(Opened {
+            engine: Arc::new(engine.build().map_err(failed)?),
+            reads: Some(Arc::new(reads.build().map_err(failed)?)),
+            network: Some(NetworkHint($hint)),
+        })
+    }};
+}
 
 fn open_s3(url: &str, bucket: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
-    let settings = settings("aws_", options);
+    let mut settings = settings("aws_", options);
+    let profile = aws_profile::settings(&settings)
+        .map_err(|detail| StoreError::BadUrl { url: url.to_owned(), detail })?;
+    settings.splice(0..0, profile);
     let mut builder = AmazonS3Builder::new();
     let mut client = client_options(options);
     for (key, value) in &settings {
@@ -122,20 +155,14 @@ fn open_s3(url: &str, bucket: &str, options: &StoreOptions) -> Result<Opened, St
     if let Some(file) = find(&settings, "aws_ca_bundle") {
         client = with_ca_bundle(url, client, file)?;
     }
-    let engine = builder
-        .with_bucket_name(bucket)
-        .with_client_options(client)
-        .with_retry(retry(options))
-        .build()
-        .map_err(|e| bad_url(url, &e))?;
     let mut hint = match endpoint {
         Some(endpoint) => format!("is {endpoint} (AWS_ENDPOINT_URL) right, and is it up?"),
         None => "check the network, or set AWS_ENDPOINT_URL for a store that is not AWS".to_owned(),
     };
     if !has_s3_credentials(&settings) {
-        hint.push_str(" No credentials are set: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.");
+        hint.push_str(" No credentials are set (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), so the machine's role was asked for.");
     }
-    Ok((Arc::new(engine), Some(NetworkHint(hint))))
+    engines!(url, builder.with_bucket_name(bucket), client, options, hint)
 }
 
 fn has_s3_credentials(settings: &[(String, String)]) -> bool {
@@ -158,13 +185,8 @@ fn open_gcs(url: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
             builder = builder.with_config(key, value);
         }
     }
-    let engine = builder
-        .with_client_options(client_options(options))
-        .with_retry(retry(options))
-        .build()
-        .map_err(|e| bad_url(url, &e))?;
     let hint = "check the network and GOOGLE_APPLICATION_CREDENTIALS".to_owned();
-    Ok((Arc::new(engine), Some(NetworkHint(hint))))
+    engines!(url, builder, client_options(options), options, hint)
 }
 
 fn open_azure(url: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
@@ -174,13 +196,8 @@ fn open_azure(url: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
             builder = builder.with_config(key, value);
         }
     }
-    let engine = builder
-        .with_client_options(client_options(options))
-        .with_retry(retry(options))
-        .build()
-        .map_err(|e| bad_url(url, &e))?;
     let hint = "check the network and AZURE_STORAGE_ACCOUNT_NAME".to_owned();
-    Ok((Arc::new(engine), Some(NetworkHint(hint))))
+    engines!(url, builder, client_options(options), options, hint)
 }
 
 /// Environment first, explicit settings after it, so that the latter win; names in lower case.

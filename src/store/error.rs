@@ -162,18 +162,12 @@ fn io_kind(error: &(dyn StdError + 'static)) -> Option<io::ErrorKind> {
 
 /// Whether the request never got an answer.
 fn is_network(error: &(dyn StdError + 'static)) -> bool {
-    chain(error).any(|cause| {
-        cause.downcast_ref::<HttpError>().is_some_and(|http| {
-            matches!(
-                http.kind(),
-                HttpErrorKind::Connect
-                    | HttpErrorKind::Request
-                    | HttpErrorKind::Timeout
-                    | HttpErrorKind::Interrupted
-                    | HttpErrorKind::Unknown
-            )
-        })
-    })
+    http_kind(error).is_some_and(|kind| kind != HttpErrorKind::Decode)
+}
+
+/// How the HTTP client failed, if it did.
+pub(super) fn http_kind(error: &(dyn StdError + 'static)) -> Option<HttpErrorKind> {
+    chain(error).find_map(|cause| cause.downcast_ref::<HttpError>().map(HttpError::kind))
 }
 
 /// The error and its causes; bounded, because a chain comes from code that is not ours.

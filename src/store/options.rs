@@ -14,11 +14,17 @@ pub enum MissingFolder {
 /// Bounds and settings of a [`Store`](super::Store). Every wait is bounded by one of these.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// One request, from its first byte to its last.
+    /// One request that is no read, from its first byte to its last.
     pub timeout: Duration,
+    /// The first byte of the answer to a read; the rest of it may take as long, and then
+    /// [`Self::throughput_min_bytes_per_s`] holds.
+    pub first_byte: Duration,
+    /// A read slower than this is given up and begun anew.
+    pub throughput_min_bytes_per_s: u64,
     /// One connection attempt.
     pub connect_timeout: Duration,
-    /// How often a request is sent again after its first failure.
+    /// How often a request is sent again after its first failure. By default the deadline comes
+    /// first, so that a running job rides out an outage as long as that.
     pub retries: usize,
     /// One request with all its retries, once the store has answered anything at all.
     pub deadline: Duration,
@@ -36,7 +42,9 @@ impl Default for StoreOptions {
         Self {
             timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(2),
-            retries: 10,
+            first_byte: Duration::from_secs(10),
+            throughput_min_bytes_per_s: 256 << 10,
+            retries: 100,
             deadline: Duration::from_secs(60),
             first_contact: Duration::from_secs(5),
             missing_folder: MissingFolder::Create,

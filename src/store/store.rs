@@ -18,7 +18,10 @@ use tokio::time::timeout;
 
 use super::backend::{self, NetworkHint};
 use super::error::StoreError;
+use super::latency::Latency;
 use super::options::StoreOptions;
+use super::read::{Fetched, Wanted};
+use super::read_faults::{FaultCounters, FaultKind, ReadFaults};
 use super::unique::unique_id;
 use crate::types::ObjectDigest;
 
@@ -49,10 +52,34 @@ pub struct ObjectInfo {
 
 pub(super) struct Shared {
     pub engine: Arc<dyn ObjectStore>,
+    /// The same without retries of its own and with notes on every answer; `None` without a network.
+    pub reads: Option<Arc<dyn ObjectStore>>,
     pub network: Option<NetworkHint>,
     pub options: StoreOptions,
+    pub counters: FaultCounters,
+    pub latency: Latency,
     reached: OnceCell<()>,
     failed: Mutex<Option<(Instant, StoreError)>>,
+}
+
+impl Shared {
+    fn new(
+        engine: Arc<dyn ObjectStore>,
+        reads: Option<Arc<dyn ObjectStore>>,
+        network: Option<NetworkHint>,
+        options: StoreOptions,
+    ) -> Self {
+        Self {
+            engine,
+            reads,
+            network,
+            options,
+            counters: FaultCounters::default(),
+            latency: Latency::default(),
+            reached: OnceCell::new(),
+            failed: Mutex::new(None),
+        }
+    }
 }
 
 /// A place for objects: a bucket, a folder, or memory, from some prefix on.
@@ -82,14 +109,9 @@ impl Store {
     /// Every `memory:///` is a fresh, empty store, shared only by clones.
     pub fn open(url: &str, options: &StoreOptions) -> Result<Self, StoreError> {
         let backend = backend::open(url, options)?;
+        let (engine, reads) = (backend.engine, backend.reads);
         Ok(Self {
-            shared: Arc::new(Shared {
-                engine: backend.engine,
-                network: backend.network,
-                options: options.clone(),
-                reached: OnceCell::new(),
-                failed: Mutex::new(None),
-            }),
+            shared: Arc::new(Shared::new(engine, reads, backend.network, options.clone())),
             prefix: backend.prefix,
             url: backend.url,
         })
@@ -99,13 +121,7 @@ impl Store {
     #[must_use]
     pub fn from_engine(engine: Arc<dyn ObjectStore>, url: &str) -> Self {
         Self {
-            shared: Arc::new(Shared {
-                engine,
-                network: None,
-                options: StoreOptions::default(),
-                reached: OnceCell::new(),
-                failed: Mutex::new(None),
-            }),
+            shared: Arc::new(Shared::new(engine, None, None, StoreOptions::default())),
             prefix: Path::default(),
             url: url.to_owned(),
         }
@@ -137,13 +153,14 @@ impl Store {
             return Ok(Bytes::new());
         }
         self.contact().await?;
-        let location = self.locate(path)?;
-        let fetched = self
-            .bounded("read", path, self.shared.engine.get_range(&location, range.clone()))
-            .await;
-        let detail = match fetched {
-            Ok(bytes) if bytes.len() as u64 == range.end - range.start => return Ok(bytes),
-            Ok(bytes) => format!("bytes {range:?} were asked for, {} came", bytes.len()),
+        let detail = match self.read(path, &Wanted::part(range.clone())).await {
+            Ok(Fetched::Bytes(bytes)) if bytes.len() as u64 == range.end - range.start => {
+                return Ok(bytes);
+            }
+            Ok(Fetched::Bytes(bytes)) => {
+                format!("bytes {range:?} were asked for, {} came", bytes.len())
+            }
+            Ok(Fetched::Large { .. }) => format!("bytes {range:?} were asked for, all came"),
             Err(error @ StoreError::Other { .. }) => match self.head(path).await {
                 Ok(info) if info.bytes < range.end => {
                     format!("bytes {range:?} were asked for, it has {}", info.bytes)
@@ -168,11 +185,12 @@ impl Store {
             return Ok(first);
         }
         drop(first);
-        tracing::warn!(url = %self.url, path, "digest mismatch, fetching the object again");
+        self.mismatch(path, 0);
         let second = self.get(path).await?;
         if digest.matches(&second) {
             return Ok(second);
         }
+        self.mismatch(path, 0);
         let found = ObjectDigest::of(&second);
         Err(StoreError::Corrupt {
             url: self.url.clone(),
@@ -182,6 +200,20 @@ impl Store {
                 digest.bytes, digest.sha256, found.bytes, found.sha256
             ),
         })
+    }
+
+    /// What went wrong with reads so far, here and in all clones and children of this store.
+    #[must_use]
+    pub fn read_faults(&self) -> ReadFaults {
+        self.shared.counters.snapshot()
+    }
+
+    /// Counts bytes of `path` from `offset` on that did not match their hash.
+    pub fn mismatch(&self, path: &str, offset: u64) {
+        let location = self.locate(path).unwrap_or_default();
+        let kind = self.shared.counters.mismatch(location.as_ref());
+        let detail = "the bytes do not match their hash";
+        self.shared.counters.fault(kind, location.as_ref(), offset, detail);
     }
 
     /// Writes the object, replacing what was there; readers see the old or the new, never a part.
@@ -214,7 +246,12 @@ impl Store {
                 Err(error) => return Err(error),
             };
             match self.get_whole(path).await {
-                Ok(found) if found == bytes => return Ok(Created::New),
+                Ok(found) if found == bytes => {
+                    let detail = "the write had been carried out";
+                    let kind = FaultKind::AnswerLost;
+                    self.shared.counters.fault(kind, location.as_ref(), 0, detail);
+                    return Ok(Created::New);
+                }
                 Ok(_) => return Ok(Created::Exists),
                 Err(StoreError::NotFound { .. }) if tries < CREATE_TRIES_MAX => {}
                 Err(_) => return Err(error),
@@ -312,16 +349,23 @@ impl Store {
         }
         let bound = self.shared.options.first_contact;
         let location = self.locate(".contact")?;
-        let answer = timeout(bound, self.shared.engine.head(&location)).await;
-        let unreachable = match answer {
-            Err(_) => true,
-            Ok(Err(error)) => {
-                StoreError::from_engine(&self.url, "reach", "", &error).is_transient()
-            }
-            Ok(Ok(_)) => false,
-        };
         // Any answer will do, "not found" and "denied" too: the operation itself will say it better.
-        if !unreachable {
+        let answered = async {
+            loop {
+                // Several tries within the bound: one lost answer says little about a store.
+                match timeout(bound / 4, self.shared.engine.head(&location)).await {
+                    Ok(Err(error))
+                        if StoreError::from_engine(&self.url, "reach", "", &error)
+                            .is_transient() =>
+                    {
+                        tokio::time::sleep(bound / 40).await;
+                    }
+                    Ok(_) => return,
+                    Err(_) => {}
+                }
+            }
+        };
+        if timeout(bound, answered).await.is_ok() {
             return Ok(());
         }
         let detail = format!("no answer within {:.0} s; {}", bound.as_secs_f64(), hint.0);
@@ -340,27 +384,38 @@ impl Store {
         let options = &self.shared.options;
         // The engine stops retrying at `deadline`; its last request may take `timeout` more.
         let bound = options.deadline + options.timeout;
-        let hint = || self.shared.network.as_ref().map_or("", |hint| hint.0.as_str());
         match timeout(bound, work).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => {
-                let error = StoreError::from_engine(&self.url, operation, path, &error);
-                Err(match error {
-                    StoreError::Unreachable { url, detail } => {
-                        StoreError::Unreachable { url, detail: format!("{detail}; {}", hint()) }
-                    }
-                    other => other,
-                })
-            }
+            Ok(Err(error)) => Err(self.translated(operation, path, &error)),
             Err(_) => Err(StoreError::Unreachable {
                 url: self.url.clone(),
                 detail: format!(
                     "{operation} '{path}' took more than {:.0} s; {}",
                     bound.as_secs_f64(),
-                    hint()
+                    self.hint()
                 ),
             }),
         }
+    }
+
+    /// The engine's error in this module's words, with a hint where nobody was reached.
+    pub(super) fn translated(
+        &self,
+        operation: &'static str,
+        path: &str,
+        error: &object_store::Error,
+    ) -> StoreError {
+        match StoreError::from_engine(&self.url, operation, path, error) {
+            StoreError::Unreachable { url, detail } => {
+                StoreError::Unreachable { url, detail: format!("{detail}; {}", self.hint()) }
+            }
+            other => other,
+        }
+    }
+
+    /// What to check when nobody answers.
+    pub(super) fn hint(&self) -> &str {
+        self.shared.network.as_ref().map_or("", |hint| hint.0.as_str())
     }
 
     /// The engine's name for `path`.

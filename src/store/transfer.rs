@@ -9,16 +9,12 @@ use std::ops::Range;
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
-use object_store::path::Path;
-use object_store::{
-    GetOptions, GetRange, MultipartUpload, ObjectStoreExt, PutMultipartOptions, PutPayload,
-};
+use object_store::{MultipartUpload, ObjectStoreExt, PutMultipartOptions, PutPayload};
 
 use super::error::StoreError;
+use super::read::{Fetched, WHOLE_BYTES_MAX, Wanted};
 use super::store::Store;
 
-/// The largest object that is moved in one request.
-const WHOLE_BYTES_MAX: u64 = 16 << 20;
 /// One piece of a larger one; S3 wants at least 5 MiB and at most 10,000 pieces.
 const PIECE_BYTES_MIN: u64 = 8 << 20;
 const PIECES_MAX: u64 = 9_000;
@@ -27,25 +23,15 @@ const PIECES_CONCURRENT: usize = 4;
 
 impl Store {
     pub(super) async fn get_whole(&self, path: &str) -> Result<Bytes, StoreError> {
-        let location = self.locate(path)?;
-        let engine = &self.shared.engine;
-        let one_request = async {
-            let answer = engine.get_opts(&location, GetOptions::default()).await?;
-            if self.shared.network.is_some() && answer.meta.size > WHOLE_BYTES_MAX {
-                return Ok(Err((answer.meta.size, answer.meta.e_tag)));
-            }
-            answer.bytes().await.map(Ok)
-        };
-        match self.bounded("read", path, one_request).await? {
-            Ok(bytes) => Ok(bytes),
-            Err((size, e_tag)) => self.get_pieces(path, &location, size, e_tag).await,
+        match self.read(path, &Wanted::default()).await? {
+            Fetched::Bytes(bytes) => Ok(bytes),
+            Fetched::Large { bytes, e_tag } => self.get_pieces(path, bytes, e_tag).await,
         }
     }
 
     async fn get_pieces(
         &self,
         path: &str,
-        location: &Path,
         size: u64,
         e_tag: Option<String>,
     ) -> Result<Bytes, StoreError> {
@@ -58,14 +44,14 @@ impl Store {
         let mut requests: Vec<BoxFuture<'_, Result<Bytes, StoreError>>> = Vec::new();
         for range in pieces(size) {
             // The same object for every piece, even if someone overwrites it meanwhile.
-            let options = GetOptions {
-                range: Some(GetRange::Bounded(range)),
-                if_match: e_tag.clone(),
-                ..GetOptions::default()
+            let wanted = Wanted { range: Some(range), if_match: e_tag.clone() };
+            let piece = async move {
+                match self.read(path, &wanted).await? {
+                    Fetched::Bytes(bytes) => Ok(bytes),
+                    Fetched::Large { .. } => Err(corrupt("all came for a part".to_owned())),
+                }
             };
-            let piece =
-                async move { self.shared.engine.get_opts(location, options).await?.bytes().await };
-            requests.push(self.bounded("read", path, piece).boxed());
+            requests.push(piece.boxed());
         }
         let whole = stream::iter(requests)
             .buffered(PIECES_CONCURRENT)

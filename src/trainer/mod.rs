@@ -35,6 +35,7 @@ use crate::loss::{Counts, StepLoss};
 use crate::method::StepInput;
 use crate::model::{Outputs, Statistics};
 use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
+use crate::store::ReadFaults;
 use crate::telemetry::{Guard, Phase, StepTrace};
 use crate::types::{Step, WorldSize};
 use orders::Orders;
@@ -53,7 +54,25 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
     if let Some(counts) = t.dataset.cache_counts() {
         tracing::info!(%counts, "block cache");
     }
+    log_read_faults(&t.dataset.read_faults());
     status
+}
+
+/// Said once, and only if there is something to say: a run that lives on second requests.
+fn log_read_faults(faults: &ReadFaults) {
+    if faults.total() > 0 {
+        let ReadFaults { requests, bytes, retries, hedges_sent, hedges_won, .. } = *faults;
+        let kinds = faults.to_string();
+        tracing::info!(
+            requests,
+            bytes,
+            retries,
+            hedges_sent,
+            hedges_won,
+            kinds,
+            "faults on the way to the data, all cured"
+        );
+    }
 }
 
 fn say_why(error: &TrainerError) {

@@ -7,7 +7,7 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use cpcr::checkpoint::{
@@ -17,6 +17,7 @@ use cpcr::data::{Deal, Draw};
 use cpcr::ledger::{Object, Origin, Part, object_path};
 use cpcr::store::{Store, StoreOptions};
 use cpcr::types::{Lineage, Step, WorldSize};
+use cpcr::worker::PARENT_VARIABLE;
 use support::{CPCR, audited, dataset, launch, succeed, text};
 
 fn audit(run: &Path) -> Output {
@@ -167,6 +168,31 @@ fn plant(run: &Path) {
         let seed = config.lines().find(|line| line.starts_with("seed = ")).unwrap();
         std::fs::write(&path, config.replace(seed, "seed = 1338")).unwrap();
     });
+}
+
+#[test]
+fn of_two_coordinators_the_later_is_obeyed_and_the_run_stays_sound() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = dataset(folder.path());
+    let run = folder.path().join("run");
+    let first = launch(folder.path(), &data, "run", 1, &["train.iterations=3000"]).spawn().unwrap();
+    wait_for(&run.join("checkpoints/step-00000010/manifest.json"));
+    let mut second = Command::new(CPCR)
+        .env(PARENT_VARIABLE, std::process::id().to_string())
+        .args(["coordinator", "--nodes", "1", "--run"])
+        .arg(&run)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    // At the next checkpoint the first one finds its number taken, and everything of it leaves.
+    let output = first.wait_with_output().unwrap();
+    second.kill().unwrap();
+    second.wait().unwrap();
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("another coordinator serves this run"), "{error}");
+    assert!(audited(&run)["steps"].as_u64() >= Some(10));
 }
 
 #[test]

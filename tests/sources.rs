@@ -160,10 +160,19 @@ fn a_proxy_is_used_as_the_environment_says() {
     let head = wait_for(&heads, |_| true);
     assert!(head.starts_with("connect store.invalid:443"), "{head}");
     while heads.try_recv().is_ok() {}
+    run("http://store.invalid:9000", &[("HTTP_PROXY", &proxy)]);
+    let head = wait_for(&heads, |_| true);
+    assert!(head.contains("http://store.invalid:9000/bucket/x"), "{head}");
+    while heads.try_recv().is_ok() {}
     let direct = [("HTTPS_PROXY", proxy.as_str()), ("NO_PROXY", "store.invalid")];
     let failed = run("https://store.invalid", &direct);
     assert!(!failed.status.success(), "a name that is nowhere was reached");
     assert!(heads.try_recv().is_err(), "NO_PROXY was ignored");
+    // What runs on this machine is not looked for behind a proxy.
+    let (server, requests) = listen();
+    run(&format!("http://{server}"), &[("HTTP_PROXY", &proxy)]);
+    wait_for(&requests, |head| head.starts_with("put /bucket/x/written"));
+    assert!(heads.try_recv().is_err(), "the proxy was asked for a server on this machine");
 }
 
 /// This binary again, for one test, with next to nothing in its environment.

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use cpcr::data::source::{FolderObjects, ObjectReader, SourceError};
 use cpcr::data::synth::{self, SynthOptions};
+use cpcr::data::write::Work;
 use cpcr::data::{Dataset, Split};
 use cpcr::store::{BlockCache, BlockCacheCounts, BlockCacheOptions, Kept, NotKept};
 use cpcr::types::ObjectDigest;
@@ -304,7 +305,7 @@ fn a_second_pass_and_a_second_process_read_the_manifest_and_nothing_else() {
     let options =
         SynthOptions { train_patients: 4, val_patients: 1, test_patients: 1, ..Default::default() };
     let sink = Arc::new(FolderObjects::new(&data));
-    futures::executor::block_on(synth::write(sink, &options, 2)).unwrap();
+    futures::executor::block_on(synth::write(sink, &options, &Work::on(2))).unwrap();
 
     let (whole, ranges) = pass(&data, &cache);
     assert!(whole > 1 && ranges > 3, "{whole} {ranges}");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use cpcr::data::synth::{self, SynthOptions};
+use cpcr::data::write::Work;
 use cpcr::data::{Batch, DataError, Dataset, Loader, LoaderPlan, VolumeId};
 use cpcr::store::{
     Created, FaultKind, FaultPlan, FaultProxy, InjectedFault, ReadFaults, S3Server,
@@ -61,7 +62,7 @@ impl World {
                 slices: (4, 6),
                 ..SynthOptions::default()
             };
-            synth::write(Arc::new(direct), &phantoms, 2).await.unwrap();
+            synth::write(Arc::new(direct), &phantoms, &Work::on(2)).await.unwrap();
             let proxy = FaultProxy::start(server.addr(), FaultPlan::none()).await.unwrap();
             (server, proxy)
         });
@@ -94,6 +95,7 @@ fn load(store: Store) -> Result<Vec<Batch>, DataError> {
         patch: (32, 40),
         prefetch: 3,
         threads: 3,
+        fetches: 4,
         cache_bytes: 1,
         augment: false,
     };

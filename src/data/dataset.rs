@@ -198,7 +198,7 @@ impl Dataset {
         let inner = Arc::clone(&self.inner);
         let bytes = wait(&self.inner.runtime, async move {
             let table = &inner.manifest.tables[number];
-            verified(&inner, &table.object, None, &table.digest, "the table").await
+            verified(&*inner.reader, &table.object, None, &table.digest, "the table").await
         })??;
         let found = Arc::new(self.manifest().tables[number].parse(&bytes)?);
         let mut kept = kept();

@@ -5,7 +5,14 @@ use proptest::prelude::*;
 use super::*;
 
 fn row(image: Vec<f32>, label: Option<Vec<u8>>) -> SliceRow {
-    SliceRow { volume: 0, slice: 0, channels: 1, shape: (1, image.len()), image, label }
+    SliceRow {
+        volume: 0,
+        slice: 0,
+        channels: 1,
+        shape: (1, image.len()),
+        image: image.into(),
+        label: label.map(Into::into),
+    }
 }
 
 #[test]

@@ -129,8 +129,11 @@ fn rows_of(volume: Volume) -> Vec<SliceRow> {
         slice: at as u32,
         channels: volume.channels,
         shape: (height, width),
-        image: volume.slices[at * values..(at + 1) * values].to_vec(),
-        label: volume.labels.as_ref().map(|all| all[at * pixels..(at + 1) * pixels].to_vec()),
+        image: volume.slices[at * values..(at + 1) * values].to_vec().into(),
+        label: volume
+            .labels
+            .as_ref()
+            .map(|all| all[at * pixels..(at + 1) * pixels].to_vec().into()),
     };
     (0..depth).map(row).collect()
 }

@@ -1,0 +1,182 @@
+//! `cpcr bench data` and `cpcr data order`: arguments as typed, and what people read.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::{Failure, print, tell};
+use crate::bench::data::{self, DataOptions, DataReport, Task};
+use crate::data::order::order_digest;
+use crate::data::{Dataset, Deal, DealSpec};
+use crate::proto::EXIT_DONE;
+use crate::store::{Store, StoreOptions};
+use crate::types::WorldSize;
+
+/// What `cpcr bench data` takes.
+#[derive(Debug, clap::Args)]
+pub struct DataArguments {
+    /// Patients of the pool: 20 slices each.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(2..=5000))]
+    patients: u32,
+    /// Side of the square slices in pixels.
+    #[arg(long, default_value_t = 240, value_parser = clap::value_parser!(u32).range(32..=1024))]
+    side: u32,
+    /// Rounds; medians count.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Where the pool goes for the time being: some gigabytes.
+    #[arg(long, value_name = "DIR")]
+    folder: Option<PathBuf>,
+    /// A Python with the packages of benches/peers/requirements-data.txt; without it only ours.
+    #[arg(long, value_name = "PYTHON", env = "CPCR_PEER_DATA_PYTHON")]
+    peer_python: Option<PathBuf>,
+    /// JSON on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `cpcr data order` takes.
+#[derive(Debug, clap::Args)]
+pub struct OrderArguments {
+    /// The dataset.
+    url: String,
+    /// `train.seed`.
+    #[arg(long, default_value_t = 1337)]
+    seed: u64,
+    /// `data.labelled`: patients used with their labels.
+    #[arg(long, default_value_t = 0)]
+    labelled: u32,
+    /// `batch.labelled`; without labelled patients there is none.
+    #[arg(long, default_value_t = 12)]
+    batch_labelled: u32,
+    /// `batch.unlabelled`.
+    #[arg(long, default_value_t = 12)]
+    batch_unlabelled: u32,
+    /// Passes over the unlabelled pool.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: u64,
+    /// Numbers of workers.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,3,4,5,7,8",
+          value_parser = clap::value_parser!(u32).range(1..=4096))]
+    workers: Vec<u32>,
+    /// JSON on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One line of `cpcr data order`.
+#[derive(Debug, Serialize)]
+struct OrderRow {
+    workers: u32,
+    sha256: String,
+}
+
+/// Measures; the result is the exit status.
+///
+/// # Errors
+/// [`Failure`]: a contender that failed, or storage.
+pub fn measure(arguments: DataArguments) -> Result<i32, Failure> {
+    let DataArguments { patients, side, rounds, folder, peer_python, json } = arguments;
+    let folder = folder.unwrap_or_else(std::env::temp_dir);
+    let rounds = rounds as usize;
+    let options = DataOptions { patients, side_px: side, rounds, folder, peer_python };
+    // It moves its thread to other cores.
+    let measured = std::thread::spawn(move || data::run(&options, &tell)).join();
+    let report = measured
+        .map_err(|_| Failure::failed("the measurement panicked"))?
+        .map_err(Failure::failed)?;
+    if json {
+        print(&format!("{}\n", serde_json::to_string(&report).map_err(Failure::failed)?))?;
+    } else {
+        print(&table(&report))?;
+    }
+    Ok(EXIT_DONE)
+}
+
+/// Does what the measuring process wants of this one.
+///
+/// # Errors
+/// [`Failure`]: no such task, or its data cannot be read.
+pub fn child(task: &str) -> Result<i32, Failure> {
+    let task: Task = serde_json::from_str(task).map_err(Failure::usage)?;
+    // It blocks, and brings a runtime of its own.
+    let reading = std::thread::spawn(move || data::perform(&task)).join();
+    let reading =
+        reading.map_err(|_| Failure::failed("the task panicked"))?.map_err(Failure::failed)?;
+    print(&format!("{}\n", serde_json::to_string(&reading).map_err(Failure::failed)?))?;
+    Ok(EXIT_DONE)
+}
+
+/// Tables in Markdown, as in `docs/benchmarks.md`.
+fn table(report: &DataReport) -> String {
+    let mut lines = vec![
+        format!(
+            "{} slices, {} MB stored; server on cores {:?}, each contender on {:?}; medians of {}",
+            report.pool.0,
+            report.pool.1 / 1_000_000,
+            report.cores.server,
+            report.cores.contender,
+            report.options.rounds,
+        ),
+        String::new(),
+        "| who | images/s a core | first batch, s | peak MiB |".to_owned(),
+        "|---|---|---|---|".to_owned(),
+    ];
+    for c in report.cold.iter().chain(&report.faults) {
+        lines.push(format!(
+            "| {} | {:.0} | {:.2} | {:.0} |",
+            c.who, c.images_per_second, c.first_batch_s, c.peak_rss_mib
+        ));
+    }
+    lines.extend([String::new(), "| cpcr over | ratio |".to_owned(), "|---|---|".to_owned()]);
+    lines.extend(report.ratios.iter().map(|(who, ratio)| format!("| {who} | {ratio:.2} |")));
+    lines.extend([String::new(), "| workers | MB fetched | at most |".to_owned()]);
+    lines.push("|---|---|---|".to_owned());
+    lines.extend(report.traffic.iter().map(|t| {
+        format!("| {} | {:.1} | {:.1} |", t.world, t.bytes as f64 / 1e6, t.bytes_max as f64 / 1e6)
+    }));
+    lines.extend([String::new(), "| pool | peak MiB | first batch in mid-epoch, s |".to_owned()]);
+    lines.push("|---|---|---|".to_owned());
+    lines.extend(
+        report
+            .pools
+            .iter()
+            .map(|p| format!("| {} | {:.0} | {:.2} |", p.slices, p.peak_rss_mib, p.first_batch_s)),
+    );
+    let injected = report.injected.iter().map(|(kind, count)| format!("{kind} {count}"));
+    lines.push(format!("\nfaults injected: {}", injected.collect::<Vec<_>>().join(", ")));
+    format!("{}\n", lines.join("\n"))
+}
+
+/// Prints the order's hash for each number of workers; the result is the exit status.
+///
+/// # Errors
+/// [`Failure`]: a dataset that cannot be opened, or batches that cannot be dealt from it.
+pub fn order(arguments: &OrderArguments) -> Result<i32, Failure> {
+    let a = arguments;
+    let store = Store::open(&a.url, &StoreOptions::default().existing()).map_err(Failure::usage)?;
+    let dataset = Dataset::open(Arc::new(store)).map_err(Failure::failed)?;
+    let (labelled, unlabelled) = dataset.manifest().pools(a.labelled).map_err(Failure::usage)?;
+    let deal = Deal::new(DealSpec {
+        seed: a.seed,
+        batch_labelled: if labelled.is_empty() { 0 } else { a.batch_labelled },
+        labelled,
+        unlabelled,
+        block_rows: dataset.manifest().block_rows,
+        batch_unlabelled: a.batch_unlabelled,
+    })
+    .map_err(Failure::usage)?;
+    let mut rows = Vec::with_capacity(a.workers.len());
+    for &workers in &a.workers {
+        let sha256 = order_digest(&deal, WorldSize(workers), a.epochs).map_err(Failure::usage)?;
+        if !a.json {
+            print(&format!("{workers} workers: {sha256}\n"))?;
+        }
+        rows.push(OrderRow { workers, sha256 });
+    }
+    if a.json {
+        print(&format!("{}\n", serde_json::to_string(&rows).map_err(Failure::failed)?))?;
+    }
+    Ok(EXIT_DONE)
+}

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use super::bench::{self, DataArguments};
 use super::compare::{self, CompareArguments};
 use super::data::{self, Data};
 use super::run::{self, BackendArgument, Resume};
@@ -88,12 +89,27 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
-    /// Measures: `bench step`.
+    /// Measures what users can measure again.
+    #[command(subcommand)]
+    Bench(Bench),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// The training step against the same network in plain PyTorch.
     #[command(disable_help_flag = true)]
-    Bench {
+    Step {
         /// Handed to cpcr-engine.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
+    },
+    /// Streaming slices from object storage, beside a bare loop of GETs and other people's loaders.
+    Data(DataArguments),
+    /// One contender of `bench data`.
+    #[command(hide = true)]
+    DataChild {
+        /// What to do, as JSON.
+        task: String,
     },
 }
 
@@ -203,7 +219,11 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Compare(arguments) => compare::compare(*arguments).await,
         Command::Predict { rest } => engine("predict", &rest),
         Command::Export { rest } => engine("export", &rest),
-        Command::Bench { rest } => engine("bench", &rest),
+        Command::Bench(Bench::Step { rest }) => {
+            engine("bench", &std::iter::once("step".to_owned()).chain(rest).collect::<Vec<_>>())
+        }
+        Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
+        Command::Bench(Bench::DataChild { task }) => bench::child(&task),
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use clap::Subcommand;
 
+use super::bench::{OrderArguments, order};
 use super::import::{ImportArguments, LayoutArguments, import, made};
 use super::{Failure, meter, threads_each};
 use crate::data::report::{self, Info, SplitInfo, Spread, Verified};
@@ -47,6 +48,8 @@ pub enum Data {
         #[arg(long)]
         json: bool,
     },
+    /// Hashes the order of samples for several numbers of workers: one hash.
+    Order(OrderArguments),
     /// Says what a dataset holds.
     Info {
         /// The dataset.
@@ -88,6 +91,7 @@ pub async fn run(command: Data) -> Result<i32, Failure> {
             super::print(&text)?;
             Ok(if verified.is_sound() { EXIT_DONE } else { EXIT_FAILED })
         }
+        Data::Order(arguments) => order(&arguments),
         Data::Info { url, scan, json } => {
             let dataset = open(&url)?;
             let info = if scan {

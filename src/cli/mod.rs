@@ -4,6 +4,7 @@
 //! behind `cpcr-engine`, which `cpcr` starts.
 
 pub mod audit;
+pub mod bench;
 pub mod commands;
 pub mod compare;
 pub mod data;

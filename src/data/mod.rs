@@ -14,6 +14,7 @@ pub mod import;
 pub mod loader;
 pub mod manifest;
 pub mod nifti;
+pub mod order;
 pub mod permutation;
 pub mod preprocess;
 pub mod report;
@@ -24,7 +25,7 @@ pub mod source;
 pub mod statistics;
 mod stored;
 pub mod synth;
-mod tables;
+pub mod tables;
 pub mod write;
 
 pub use dataset::{Dataset, Volume};

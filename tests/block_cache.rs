@@ -201,8 +201,13 @@ fn processes_with_different_limits_keep_to_the_larger_one_and_to_the_smaller_whe
         assert!(bytes_in(dir) <= LIMITS[1]);
     }
     ended(&mut children[1]);
+    // Whatever there is, is right; there may be none, if the last thing that happened was three reservations.
     let known: Vec<_> = (0..BLOCKS).map(block).collect();
-    assert!(intact(&open(dir, LIMITS[0]), &known) > 0);
+    let cache = open(dir, LIMITS[1]);
+    intact(&cache, &known);
+    let (digest, bytes) = block(BLOCKS);
+    assert_eq!(cache.insert(&digest, &bytes), Ok(Kept::New));
+    assert_eq!(cache.get(&digest).unwrap(), bytes);
 }
 
 /// Fills a cache on a disk that is smaller than its limit.
@@ -308,11 +313,12 @@ fn a_second_pass_and_a_second_process_read_the_manifest_and_nothing_else() {
     futures::executor::block_on(synth::write(sink, &options, &Work::on(2))).unwrap();
 
     let (whole, ranges) = pass(&data, &cache);
-    assert!(whole > 1 && ranges > 3, "{whole} {ranges}");
-    assert_eq!(pass(&data, &cache), (1, 0));
+    assert!(whole > 2 && ranges > 3, "{whole} {ranges}");
+    // The manifest, which has no digest, is read until two answers agree.
+    assert_eq!(pass(&data, &cache), (2, 0));
     let part = format!("pass\n{}\n{}", data.display(), cache.display());
     let output = this_binary().env(PART, part).output().unwrap();
-    assert!(text(&output.stdout).contains("read (1, 0)"), "{}", text(&output.stdout));
+    assert!(text(&output.stdout).contains("read (2, 0)"), "{}", text(&output.stdout));
 
     // A flipped byte is fetched again, and only that block.
     let blocks: Vec<PathBuf> = fs::read_dir(cache.join("v1"))
@@ -326,8 +332,8 @@ fn a_second_pass_and_a_second_process_read_the_manifest_and_nothing_else() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(largest, bytes).unwrap();
-    assert_eq!(pass(&data, &cache), (1, 1));
-    assert_eq!(pass(&data, &cache), (1, 0));
+    assert_eq!(pass(&data, &cache), (2, 1));
+    assert_eq!(pass(&data, &cache), (2, 0));
 }
 
 /// The whole, as a user starts it: with a warm cache the shards are not read at all, so they may be gone.

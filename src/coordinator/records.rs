@@ -55,12 +55,15 @@ pub(super) struct Records {
     pub(super) told: mpsc::Receiver<Told>,
 }
 
+/// The task that writes the ledger; it ends when its [`Records`] is dropped, with how that went.
+pub(super) type Recording = JoinHandle<Result<(), LedgerError>>;
+
 /// Claims the ledger for `writer` and starts the task. The task ends, everything written, when its
 /// [`Records`] are dropped.
 pub(super) async fn start(
     place: LedgerPlace,
     writer: &str,
-) -> Result<(Records, JoinHandle<Result<(), LedgerError>>), LedgerError> {
+) -> Result<(Records, Recording), LedgerError> {
     let number = claim(&place.run, writer).await?;
     let recorder = Recorder::new(writer.to_owned(), number, place.checkpoint_every);
     let (entries, queue) = mpsc::channel(QUEUE);

@@ -16,7 +16,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::events::{Effect, Event, Limits};
-use super::records::{self, LedgerPlace, Records, Told};
+use super::records::{self, LedgerPlace, Recording, Records, Told};
 use super::state::{Phase, State};
 use crate::ledger::{LedgerError, RECEIPTS_MAX};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
@@ -34,6 +34,9 @@ const TICK: Duration = Duration::from_millis(250);
 const LINGER: Duration = Duration::from_secs(3);
 /// Bytes of a message: a trainer that starts may say all receipts that it keeps, 16 digits each.
 const MESSAGE_BYTES_MAX: usize = RECEIPTS_MAX * 16 + (4 << 20);
+/// Longest that the end of a run waits for the ledger: after an end in good order, and for a run that
+/// has failed anyway.
+const RECORDING_MAX: [Duration; 2] = [Duration::from_secs(75), Duration::from_secs(5)];
 /// Notes kept in the status that watchers read.
 const NOTES: usize = 200;
 
@@ -90,7 +93,7 @@ pub async fn serve(
         // The owner is gone only if the run has ended: nothing is left to stop.
         drop(stopper.send(Input::Stop(reason)).await);
     });
-    let owner = tokio::spawn(own(State::new(limits), epoch, records, queue, status));
+    let owner = tokio::spawn(own(State::new(limits), epoch, (records, recording), queue, status));
     let (over, ended) = tokio::sync::oneshot::channel::<()>();
     let service = CoordinatorServer::new(Service { inputs, watched })
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
@@ -102,7 +105,6 @@ pub async fn serve(
         });
     let server = tokio::spawn(server);
     let outcome = owner.await.map_err(|_| ServiceError::Gone)?;
-    let outcome = recorded(outcome, recording.await.map_err(|_| ServiceError::Gone)?);
     over.send(()).ok();
     match tokio::time::timeout(LINGER, server).await {
         Ok(Ok(result)) => result?,
@@ -113,21 +115,32 @@ pub async fn serve(
 
 /// A run is complete, or stopped in good order, only with its ledger. Nothing is lost where that
 /// could not be finished: the checkpoint carries the rest.
-fn recorded(outcome: Outcome, ledger: Result<(), LedgerError>) -> Outcome {
-    match ledger {
-        Err(error) if matches!(outcome.status, EXIT_DONE | EXIT_RESUMABLE) => {
-            let reason = format!("{}, but its ledger is not: {error}", outcome.reason);
-            Outcome { status: records::status_of(&error), reason }
-        }
-        _ => outcome,
+async fn recorded(
+    outcome: Outcome,
+    (records, recording): (Records, Recording),
+    [bound, bound_failed]: [Duration; 2],
+) -> Outcome {
+    // The task writes what it has when nobody can tell it more.
+    drop(records);
+    let good = matches!(outcome.status, EXIT_DONE | EXIT_RESUMABLE);
+    let bound = if good { bound } else { bound_failed };
+    let (status, why) = match tokio::time::timeout(bound, recording).await {
+        Ok(Ok(Ok(()))) => return outcome,
+        Ok(Ok(Err(error))) => (records::status_of(&error), error.to_string()),
+        Ok(Err(error)) => (EXIT_FAILED, error.to_string()),
+        Err(_) => (EXIT_RESUMABLE, format!("not written within {} s", bound.as_secs())),
+    };
+    if !good {
+        return outcome;
     }
+    Outcome { status, reason: format!("{}, but its ledger is not: {why}", outcome.reason) }
 }
 
 /// The one task that owns the state: input, event, apply, execute.
 async fn own(
     mut state: State,
     epoch: String,
-    mut records: Records,
+    (mut records, recording): (Records, Recording),
     mut queue: mpsc::Receiver<Input>,
     status: watch::Sender<wire::RunStatus>,
 ) -> Outcome {
@@ -149,17 +162,25 @@ async fn own(
             _ => None,
         };
         for effect in state.apply(start.elapsed(), event) {
-            execute(effect, &epoch, &agents, &status);
+            // The end is told with the ledger written: a coordinator that died in between needs its workers.
+            if !matches!(effect, Effect::Finish { .. }) {
+                execute(effect, &epoch, &agents, &status);
+            }
         }
         if let Some((node, incarnation)) = left
             && agents.get(&node).is_some_and(|agent| agent.incarnation == incarnation)
         {
             agents.remove(&node);
         }
-        publish(&state, &status);
-        if let Phase::Finished { status, reason } = state.phase() {
-            return Outcome { status: *status, reason: reason.clone() };
+        if let Phase::Finished { status: code, reason } = state.phase() {
+            let outcome = Outcome { status: *code, reason: reason.clone() };
+            let outcome = recorded(outcome, (records, recording), RECORDING_MAX).await;
+            let Outcome { status: code, reason } = outcome.clone();
+            execute(Effect::Finish { status: code, reason }, &epoch, &agents, &status);
+            publish(&state, Some(&outcome), &status);
+            return outcome;
         }
+        publish(&state, None, &status);
     }
 }
 
@@ -355,7 +376,8 @@ fn execute(
     }
 }
 
-fn publish(state: &State, status: &watch::Sender<wire::RunStatus>) {
+/// Puts the state where watchers see it; at the end, how the run ended.
+fn publish(state: &State, end: Option<&Outcome>, status: &watch::Sender<wire::RunStatus>) {
     status.send_if_modified(|s| {
         let before = s.clone();
         s.members = state.members();
@@ -365,12 +387,12 @@ fn publish(state: &State, status: &watch::Sender<wire::RunStatus>) {
             Phase::Training { stopping: None, .. } => s.phase = "training".to_owned(),
             Phase::Training { .. } => s.phase = "stopping".to_owned(),
             Phase::Draining { .. } => s.phase = "recovering".to_owned(),
-            Phase::Finished { status, reason } => {
-                s.phase = "finished".to_owned();
-                s.finished = true;
-                s.status = *status;
-                s.reason.clone_from(reason);
-            }
+            Phase::Finished { .. } => s.phase = "finished".to_owned(),
+        }
+        if let Some(Outcome { status, reason }) = end {
+            s.finished = true;
+            s.status = *status;
+            s.reason.clone_from(reason);
         }
         *s != before
     });
@@ -433,5 +455,38 @@ impl Coordinator for Service {
         let gone = |_| Status::unavailable("the run has ended");
         self.inputs.send(Input::Stop(reason)).await.map_err(gone)?;
         Ok(Response::new(wire::StopReply {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Store, StoreOptions};
+
+    /// What becomes of an end of `status` if the ledger's task ends like `recording`.
+    async fn ends(
+        status: i32,
+        recording: impl Future<Output = Result<(), LedgerError>> + Send + 'static,
+    ) -> Outcome {
+        let run = Store::open("memory:///", &StoreOptions::default()).unwrap();
+        let place = LedgerPlace { run, checkpoint_every: 1 };
+        let (records, _task) = records::start(place, "epoch").await.unwrap();
+        let outcome = Outcome { status, reason: "over".to_owned() };
+        let bounds = [Duration::from_millis(50); 2];
+        recorded(outcome, (records, tokio::spawn(recording)), bounds).await
+    }
+
+    #[tokio::test]
+    async fn a_run_is_complete_only_with_its_ledger_and_waits_for_it_within_a_bound() {
+        let damaged = || LedgerError::Invalid("full".to_owned());
+        assert_eq!(ends(EXIT_DONE, async { Ok(()) }).await.status, EXIT_DONE);
+        let failed = ends(EXIT_DONE, async move { Err(damaged()) }).await;
+        assert_eq!(failed.status, EXIT_FAILED);
+        assert!(failed.reason.starts_with("over, but its ledger is not: "), "{}", failed.reason);
+        // What is not written is carried by the checkpoint: the same command goes on.
+        let hung = ends(EXIT_DONE, std::future::pending()).await;
+        assert_eq!(hung.status, EXIT_RESUMABLE);
+        assert!(hung.reason.contains("not written within"), "{}", hung.reason);
+        assert_eq!(ends(EXIT_FAILED, std::future::pending()).await.reason, "over");
     }
 }

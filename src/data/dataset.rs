@@ -11,8 +11,8 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::stream;
+use futures::{StreamExt, TryStreamExt};
 use tokio::sync::OnceCell;
 use tokio::task::AbortHandle;
 
@@ -27,8 +27,9 @@ use super::source::ObjectReader;
 use crate::store::{BlockCache, BlockCacheCounts, ReadFaults};
 use crate::types::ObjectDigest;
 
-/// Footers kept parsed. A rank walks a few stretches, each within one shard at a time.
-const FOOTERS_MAX: usize = 64;
+/// Footers kept parsed, some 100 KB each. Blocks come from all shards in turn, so a pool of more shards
+/// than this reads indexes and footers again: small next to a block, and from the disk where there is a cache.
+const FOOTERS_MAX: usize = 256;
 
 /// Volume tables kept parsed, a few MB each.
 const TABLES_MAX: usize = 4;
@@ -246,11 +247,12 @@ impl Dataset {
         blocks: &[u64],
     ) -> Result<Vec<Vec<SliceRow>>, DataError> {
         let fetches: Vec<_> = blocks.iter().map(|block| self.fetch_block(split, *block)).collect();
+        // The first error ends it: each of the others would wait as long again for a store that is gone.
         let fetched: Vec<_> = wait(&self.inner.runtime, async move {
-            stream::iter(fetches).buffered(FETCHES_MAX).collect::<Vec<_>>().await
-        })?;
+            stream::iter(fetches).buffered(FETCHES_MAX).try_collect::<Vec<_>>().await
+        })??;
         // Decoding is work for the calling thread, not for the one that serves the network.
-        fetched.into_iter().map(|fetched| self.decode_block(fetched?, Labels::Decode)).collect()
+        fetched.into_iter().map(|fetched| self.decode_block(fetched, Labels::Decode)).collect()
     }
 
     /// Fetches and verifies a block of `split`. To be awaited on this dataset's runtime.

@@ -14,6 +14,9 @@ use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
 };
 
+/// More than anybody waits; a header may say anything.
+const RETRY_AFTER_S_MAX: u64 = 3600;
+
 /// What is noted about one request.
 #[derive(Debug)]
 pub(super) struct Note {
@@ -57,7 +60,8 @@ impl Note {
         let answer = Answer {
             status: response.status().as_u16(),
             // The form with a date is not worth a parser: no object store sends it.
-            retry_after: number("retry-after").map(Duration::from_secs),
+            retry_after: number("retry-after")
+                .map(|s: u64| Duration::from_secs(s.min(RETRY_AFTER_S_MAX))),
             length: number("content-length"),
         };
         // Taken already: a redirect's first half, which says less.

@@ -118,7 +118,9 @@ impl Store {
             };
             self.count(&fault, &location, wanted);
             pause = next_pause(pause);
-            let wait = pause.max(fault.retry_after.unwrap_or_default());
+            // A server may ask for more patience than there is: the deadline is ours.
+            let asked = fault.retry_after.unwrap_or_default().min(options.deadline / 4);
+            let wait = pause.max(asked);
             if tries > options.retries || Instant::now() + wait >= deadline {
                 let detail = format!(
                     "read '{path}'{} failed {tries} times in {:.1} s, last by {}: {}; {}",

@@ -17,6 +17,9 @@ const TAGS_MAX: usize = 4096;
 const HEDGES_FREE: u64 = 4;
 /// One in so many requests may have a second one racing it.
 const HEDGE_SHARE: u64 = 20;
+/// Unused ones are saved up to this many: a link that turns slow after a million good reads must not be
+/// asked for everything twice.
+const HEDGES_SAVED_MAX: u64 = 16;
 
 /// One kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -142,6 +145,8 @@ pub(super) struct FaultCounters {
     bytes: AtomicU64,
     retries: AtomicU64,
     hedges_sent: AtomicU64,
+    /// Of the budget: sent, or forfeited.
+    hedges_spent: AtomicU64,
     hedges_won: AtomicU64,
     kinds: [AtomicU64; FaultKind::ALL.len()],
     log: Mutex<LogPause>,
@@ -183,8 +188,16 @@ impl FaultCounters {
     /// Takes one second request from the budget, if there is one left.
     pub fn may_hedge(&self) -> bool {
         let budget = HEDGES_FREE + self.requests.load(Ordering::Relaxed) / HEDGE_SHARE;
-        let take = |sent: u64| (sent < budget).then_some(sent + 1);
-        self.hedges_sent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+        let take = |spent: u64| {
+            let spent = spent.max(budget.saturating_sub(HEDGES_SAVED_MAX));
+            (spent < budget).then_some(spent + 1)
+        };
+        let taken =
+            self.hedges_spent.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
+        if taken {
+            self.hedges_sent.fetch_add(1, Ordering::Relaxed);
+        }
+        taken
     }
 
     /// `bytes` of `object` have come, under `e_tag`.
@@ -254,6 +267,15 @@ mod tests {
             hedges += u64::from(counters.may_hedge());
         }
         assert_eq!(hedges, HEDGES_FREE + 1000 / HEDGE_SHARE);
+    }
+
+    #[test]
+    fn a_link_that_turns_slow_after_many_good_reads_is_not_asked_twice_for_everything() {
+        let counters = FaultCounters::default();
+        (0..1_000_000).for_each(|_| counters.sent());
+        let hedges = (0..100).filter(|_| counters.may_hedge()).count();
+        assert_eq!(hedges as u64, HEDGES_SAVED_MAX);
+        assert_eq!(counters.snapshot().hedges_sent, HEDGES_SAVED_MAX);
     }
 
     #[test]

@@ -212,7 +212,7 @@ async fn measure(
         ours("cpcr without disk cache", Task::epoch(&url, 1, 0)),
     ];
     if let Some(python) = &options.peer_python {
-        commands.extend(peers::prepare(&site, options, python, progress)?);
+        commands.extend(peers::prepare(&site, options, python, progress).await?);
     }
     let cold = rounds(&site, commands, options.rounds, progress)?;
 
@@ -250,11 +250,6 @@ impl Site {
         let options = S3ServerOptions::on_loopback(folder.join("s3"), name, secret);
         let server = serve(options).await?;
         Ok(Self { folder: folder.to_owned(), server, cores })
-    }
-
-    /// The folder behind `prefix` of the bucket.
-    fn stored(&self, prefix: &str) -> PathBuf {
-        self.folder.join("s3").join(BUCKET).join(prefix)
     }
 
     fn url(&self, prefix: &str) -> String {

@@ -3,9 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::{BATCH, BUCKET, Command, DataBenchError, DataOptions, Site};
+use super::{BATCH, BUCKET, Command, DataBenchError, DataOptions, Site, pools};
 use crate::data::{Dataset, Split};
-use crate::store::{Store, StoreOptions};
 
 /// The peers' side, so that an installed binary has it too.
 const SCRIPT: &str = include_str!("../../../benches/peers/data.py");
@@ -18,7 +17,7 @@ const WORKERS: [u32; 2] = [0, 2];
 const WRITE_S_MAX: Duration = Duration::from_secs(600);
 
 /// Writes the pool in each peer's format; the result is how each is started.
-pub(super) fn prepare(
+pub(super) async fn prepare(
     site: &Site,
     options: &DataOptions,
     python: &Path,
@@ -27,7 +26,8 @@ pub(super) fn prepare(
     let script = site.folder.join("data.py");
     std::fs::write(&script, SCRIPT).map_err(DataBenchError::io("write the peers' script"))?;
     let raw = site.folder.join("raw.f32");
-    write_raw(&site.stored("pool"), &raw)?;
+    let dataset = Dataset::open(std::sync::Arc::new(pools::open(site, "pool")?))?;
+    write_raw(&dataset, &raw)?;
     let cache = site.folder.join("peers");
     std::fs::create_dir_all(&cache).map_err(DataBenchError::io("make a folder"))?;
     let words = |rest: &[&str]| -> Vec<String> {
@@ -42,7 +42,7 @@ pub(super) fn prepare(
     let mut commands = Vec::new();
     for (kind, name) in PEERS {
         progress(&format!("writing the pool for {name}"));
-        let out = site.stored(kind);
+        let out = site.folder.join(kind);
         let (side, raw, out_text) =
             (options.side_px.to_string(), raw.display().to_string(), out.display().to_string());
         let line = words(&[
@@ -55,8 +55,8 @@ pub(super) fn prepare(
             let why = words.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("").to_owned();
             return Err(DataBenchError::Contender { who: name.to_owned(), why });
         }
-        let files = std::fs::read_dir(&out).map_err(DataBenchError::io("list a folder"))?;
-        let (shards, batch) = (files.count().to_string(), BATCH.to_string());
+        let shards = upload(site, kind, &out).await?;
+        let (shards, batch) = (shards.to_string(), BATCH.to_string());
         for workers in WORKERS {
             let number = workers.to_string();
             let line = words(&[
@@ -84,11 +84,23 @@ pub(super) fn prepare(
     Ok(commands)
 }
 
+/// Puts the files of a folder behind the server; how many there are.
+async fn upload(site: &Site, kind: &str, folder: &Path) -> Result<usize, DataBenchError> {
+    let store = pools::open(site, kind)?;
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).map_err(DataBenchError::io("list a folder"))? {
+        let path = entry.map_err(DataBenchError::io("list a folder"))?.path();
+        let bytes = std::fs::read(&path).map_err(DataBenchError::io("read a file"))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        store.put(&name, bytes.into()).await?;
+        count += 1;
+    }
+    Ok(count)
+}
+
 /// Every slice of the pool, little-endian float32, in row order.
-fn write_raw(pool: &Path, raw: &Path) -> Result<(), DataBenchError> {
+fn write_raw(dataset: &Dataset, raw: &Path) -> Result<(), DataBenchError> {
     let failed = |what: &str| DataBenchError::io(format!("{what} {}", raw.display()));
-    let store = Store::open(&pool.display().to_string(), &StoreOptions::default().existing())?;
-    let dataset = Dataset::open(std::sync::Arc::new(store))?;
     let file = std::fs::File::create(raw).map_err(failed("create"))?;
     let mut file = std::io::BufWriter::new(file);
     for id in dataset.volumes(Split::Train) {

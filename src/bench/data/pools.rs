@@ -114,8 +114,12 @@ fn volumes(slices: u64) -> Vec<VolumeEntry> {
     volumes
 }
 
-/// The place behind `prefix`, written as files: what is measured comes over the network.
-fn open(site: &Site, prefix: &str) -> Result<Store, DataBenchError> {
-    let folder = site.stored(prefix).display().to_string();
-    Ok(Store::open(&folder, &StoreOptions::default())?)
+/// The place behind `prefix`, as any client sees it: the server hashes what comes through it, and
+/// would hash files that were put beside it with every read.
+pub(super) fn open(site: &Site, prefix: &str) -> Result<Store, DataBenchError> {
+    let mut options = StoreOptions::default();
+    for (key, value) in site.environment(&site.endpoint()) {
+        options = options.with(key.to_ascii_lowercase(), value);
+    }
+    Ok(Store::open(&site.url(prefix), &options)?)
 }

@@ -12,7 +12,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use cpcr::data::nifti::{Geometry, Voxels, write_file};
-use support::{CPCR, checkpoint_file, launch, succeed, text};
+use support::{CPCR, checkpoint_file, dataset, launch, succeed, text};
 
 const SIDE: usize = 32;
 const SLICES: usize = 3;
@@ -301,4 +301,30 @@ fn a_dataset_is_described_and_verified() {
     assert_eq!(output.status.code(), Some(1));
     let told = text(&output.stdout);
     assert!(told.contains("shards/val-00000.parquet") && told.contains("1 problem"), "{told}");
+}
+
+/// The global order of three epochs, as 1 to 8 workers deal it among them, has one hash.
+#[test]
+fn every_number_of_workers_sees_one_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = dataset(folder.path());
+    let data = data.to_str().unwrap();
+    let batches = ["--labelled", "2", "--batch-labelled", "5", "--batch-unlabelled", "7"];
+    let order = |more: &[&str]| {
+        let arguments = [&["data", "order", data, "--json"], &batches[..], more].concat();
+        json(&cpcr(folder.path(), &arguments))
+    };
+    let rows = order(&[]);
+    let hashes: Vec<&str> =
+        rows.as_array().unwrap().iter().map(|row| row["sha256"].as_str().unwrap()).collect();
+    let workers: Vec<u64> =
+        rows.as_array().unwrap().iter().map(|row| row["workers"].as_u64().unwrap()).collect();
+    assert_eq!(workers, [1, 2, 3, 4, 5, 7, 8]);
+    assert!(hashes.iter().all(|hash| *hash == hashes[0]), "{hashes:?}");
+    assert_ne!(order(&["--seed", "2"])[0]["sha256"], hashes[0]);
+    let refused = cpcr(
+        folder.path(),
+        &["data", "order", data, "--workers", "13", "--batch-unlabelled", "12"],
+    );
+    assert_eq!(refused.status.code(), Some(2), "{}", text(&refused.stderr));
 }

@@ -53,12 +53,16 @@ def write_lit(path, height, width, out):
                      chunk_bytes=SHARD_BYTES, num_workers=1)
 
 
+def tensor(image):
+    return image if torch.is_tensor(image) else torch.from_numpy(np.asarray(image))
+
+
 def stack(samples):
-    return torch.stack([torch.as_tensor(np.array(sample["image"])) for sample in samples])
+    return torch.stack([tensor(sample["image"]) for sample in samples])
 
 
 def stack_tuples(samples):
-    return torch.stack([torch.as_tensor(sample[0]) for sample in samples])
+    return torch.stack([tensor(sample[0]) for sample in samples])
 
 
 def read_mds(a, cache):
@@ -93,20 +97,26 @@ def read_lit(a, cache):
     return litdata.StreamingDataLoader(data, batch_size=a.batch, num_workers=a.workers, collate_fn=stack)
 
 
+def cpu_seconds():
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
 def read(a):
     __import__({"mds": "streaming", "wds": "webdataset", "lit": "litdata"}[a.kind])
     with tempfile.TemporaryDirectory(dir=a.cache) as cache:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), cpu_seconds()
         loader = {"mds": read_mds, "wds": read_wds, "lit": read_lit}[a.kind](a, cache)
         images, first, total = 0, None, 0.0
         for batch in loader:
             first = first or time.perf_counter() - began
             images += len(batch)
             total += float(batch[:, 0, 0].sum())  # the batch has really come
+        del loader, batch  # workers end, and count
         seconds = time.perf_counter() - began
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({
-        "images": images, "seconds": seconds, "first_batch_s": first or 0.0,
+        "images": images, "seconds": seconds, "cpu_s": cpu_seconds() - cpu_began, "first_batch_s": first or 0.0,
         "peak_rss_mib": max(u.ru_maxrss for u in used) / 1024, "checksum": total,
     }), flush=True)
 

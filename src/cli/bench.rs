@@ -120,17 +120,18 @@ fn table(report: &DataReport) -> String {
             report.options.rounds,
         ),
         String::new(),
-        "| who | images/s a core | first batch, s | peak MiB |".to_owned(),
-        "|---|---|---|---|".to_owned(),
+        "| who | images/s on a core | images a CPU second | first batch, s | peak MiB |".to_owned(),
+        "|---|---|---|---|---|".to_owned(),
     ];
     for c in report.cold.iter().chain(&report.faults) {
         lines.push(format!(
-            "| {} | {:.0} | {:.2} | {:.0} |",
-            c.who, c.images_per_second, c.first_batch_s, c.peak_rss_mib
+            "| {} | {:.0} | {:.0} | {:.2} | {:.0} |",
+            c.who, c.images_per_second, c.images_per_cpu_second, c.first_batch_s, c.peak_rss_mib
         ));
     }
-    lines.extend([String::new(), "| cpcr over | ratio |".to_owned(), "|---|---|".to_owned()]);
-    lines.extend(report.ratios.iter().map(|(who, ratio)| format!("| {who} | {ratio:.2} |")));
+    lines.extend([String::new(), "| cpcr over | images/s | images a CPU second |".to_owned()]);
+    lines.push("|---|---|---|".to_owned());
+    lines.extend(report.ratios.iter().map(|(who, a, b)| format!("| {who} | {a:.2} | {b:.2} |")));
     lines.extend([String::new(), "| workers | MB fetched | at most |".to_owned()]);
     lines.push("|---|---|---|".to_owned());
     lines.extend(report.traffic.iter().map(|t| {

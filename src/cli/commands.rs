@@ -24,8 +24,8 @@ use crate::worker::{AgentOptions, ChildOptions, PARENT_VARIABLE, run_agent};
 /// Longest silence of trainers that start: a checkpoint comes from far away.
 const START: Duration = Duration::from_secs(180);
 /// Longest silence of trainers that have begun, unless their steps are slow: more than the outage of a
-/// store that they ride out (a minute, and the request in flight).
-const PROGRESS: Duration = Duration::from_secs(100);
+/// store that they ride out (75 s, and a write's last request of 30).
+const PROGRESS: Duration = Duration::from_secs(120);
 
 /// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
 #[derive(Debug, Parser)]

@@ -12,6 +12,7 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use super::{BATCH, DataBenchError, Reading};
+use crate::bench::{cpu_seconds, peak_rss_mib};
 use crate::data::source::{ObjectReader, SourceError};
 use crate::data::{Dataset, Loader, LoaderPlan, Split};
 use crate::store::{BlockCache, BlockCacheOptions, Store, StoreOptions};
@@ -112,7 +113,7 @@ fn read(
     steps: Option<Range<u64>>,
     cache: Option<&str>,
 ) -> Result<Reading, DataBenchError> {
-    let began = Instant::now();
+    let (began, cpu_began) = (Instant::now(), cpu_seconds());
     let inner = Store::open(url, &StoreOptions::default().existing())?;
     let counting =
         Arc::new(Counting { inner, bytes: AtomicU64::new(0), requests: AtomicU64::new(0) });
@@ -131,7 +132,8 @@ fn read(
         images,
         seconds,
         first_batch_s: first_batch_s.unwrap_or(seconds),
-        peak_rss_mib: peak_rss_mib()?,
+        cpu_s: cpu_seconds() - cpu_began,
+        peak_rss_mib: peak_rss_mib(),
         bytes: counting.bytes.load(Ordering::Relaxed),
         requests: counting.requests.load(Ordering::Relaxed),
     })
@@ -168,7 +170,7 @@ fn get(url: &str) -> Result<Reading, DataBenchError> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(DataBenchError::io("start a runtime"))?;
-    let began = Instant::now();
+    let (began, cpu_began) = (Instant::now(), cpu_seconds());
     let store = Store::open(url, &StoreOptions::default().existing())?;
     let dataset = Dataset::open(Arc::new(store.clone()))?;
     let (store, shards) = (&store, &dataset.manifest().shards);
@@ -187,21 +189,9 @@ fn get(url: &str) -> Result<Reading, DataBenchError> {
         images: shards.iter().map(|shard| shard.rows).sum(),
         seconds,
         first_batch_s: first_batch_s.unwrap_or(seconds),
-        peak_rss_mib: peak_rss_mib()?,
+        cpu_s: cpu_seconds() - cpu_began,
+        peak_rss_mib: peak_rss_mib(),
         bytes,
         requests: shards.len() as u64,
     })
-}
-
-/// The most memory that this process has had at once, as the kernel counts it.
-fn peak_rss_mib() -> Result<f64, DataBenchError> {
-    let path = "/proc/self/status";
-    let status =
-        std::fs::read_to_string(path).map_err(DataBenchError::io(format!("read {path}")))?;
-    let kib = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<f64>().ok());
-    let why = || DataBenchError::Contender { who: path.to_owned(), why: "no VmHWM".to_owned() };
-    Ok(kib.ok_or_else(why)? / 1024.0)
 }

@@ -44,8 +44,10 @@ const POOL_SLICES: [u64; 4] = [10_000, 100_000, 1_000_000, 10_000_000];
 const WORLDS: [u32; 4] = [1, 2, 4, 8];
 /// Slices of the pool over which faults are met: more than a thousand requests, for the rare ones.
 const FAULTY_SLICES: u64 = 9_600;
-/// Requests in a thousand that are answered with 503, and that stall before their first byte.
-const FAULTS_PER_MILLE: [f64; 2] = [10.0, 1.0];
+/// Requests that are answered with 503.
+const UNAVAILABLE_SHARE: f64 = 0.01;
+/// One in so many requests stalls before its first byte: not drawn, or a round might have none.
+const STALLED_EVERY: u64 = 1000;
 
 /// Why a measurement failed.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +109,8 @@ pub struct Reading {
     pub images: u64,
     /// From its first call to its last image.
     pub seconds: f64,
+    /// Processor seconds of it and its children meanwhile.
+    pub cpu_s: f64,
     /// From its first call to its first batch.
     pub first_batch_s: f64,
     /// Peak resident memory.
@@ -126,6 +130,8 @@ pub struct Contender {
     pub who: String,
     /// Median images a second on its one core.
     pub images_per_second: f64,
+    /// Median images a second of processor time: what a faster server or network would leave.
+    pub images_per_cpu_second: f64,
     /// Median seconds to its first batch.
     pub first_batch_s: f64,
     /// Largest peak memory.
@@ -175,8 +181,8 @@ pub struct DataReport {
     pub traffic: Vec<Traffic>,
     /// What a pool's size costs.
     pub pools: Vec<PoolCost>,
-    /// Our images a second over another contender's.
-    pub ratios: Vec<(String, f64)>,
+    /// Ours over another contender's: images a second, and images a second of processor time.
+    pub ratios: Vec<(String, f64, f64)>,
 }
 
 /// Measures everything; says on `progress` what it is at. Blocks, and moves the calling thread to
@@ -345,6 +351,7 @@ fn contender(who: String, rounds: Vec<Reading>) -> Contender {
     Contender {
         who,
         images_per_second: of(&|r| r.images as f64 / r.seconds.max(1e-9)),
+        images_per_cpu_second: of(&|r| r.images as f64 / r.cpu_s.max(1e-9)),
         first_batch_s: of(&|r| r.first_batch_s),
         peak_rss_mib: rounds.iter().map(|r| r.peak_rss_mib).fold(0.0, f64::max),
         rounds,
@@ -372,13 +379,11 @@ async fn faults(
 ) -> Result<Faulty, DataBenchError> {
     pools::repeated(site, "faulty", pool, FAULTY_SLICES).await?;
     let upstream = site.server.addr();
-    let [unavailable, stalled] = FAULTS_PER_MILLE;
     let clean = FaultProxy::start(upstream, FaultPlan::none()).await;
     let clean = clean.map_err(DataBenchError::io("start a proxy"))?;
-    let mut plan = FaultPlan::seeded(1)
-        .rate(InjectedFault::Unavailable, unavailable / 1000.0)
-        .rate(InjectedFault::Stall, stalled / 1000.0);
+    let mut plan = FaultPlan::seeded(1).rate(InjectedFault::Unavailable, UNAVAILABLE_SHARE);
     plan.burst = 1;
+    plan.at = (1..1000).map(|n| (n * STALLED_EVERY, InjectedFault::Stall)).collect();
     let faulty = FaultProxy::start(upstream, plan).await;
     let faulty = faulty.map_err(DataBenchError::io("start a proxy"))?;
     let command = |endpoint: String| Command {
@@ -432,16 +437,16 @@ async fn costs(site: &Site, pool: &pools::Pool) -> Result<Vec<PoolCost>, DataBen
 }
 
 /// Ours over each other contender, and under faults over without.
-fn ratios(cold: &[Contender], faults: &[Contender]) -> Vec<(String, f64)> {
-    let speed = |all: &[Contender], who: &str| {
-        all.iter().find(|c| c.who == who).map_or(f64::NAN, |c| c.images_per_second)
+fn ratios(cold: &[Contender], faults: &[Contender]) -> Vec<(String, f64, f64)> {
+    let over = |name: &str, a: &Contender, b: &Contender| {
+        let per_cpu = a.images_per_cpu_second / b.images_per_cpu_second;
+        (name.to_owned(), a.images_per_second / b.images_per_second, per_cpu)
     };
-    let ours = speed(cold, "cpcr");
+    let Some(ours) = cold.iter().find(|c| c.who == "cpcr") else { return Vec::new() };
     let others = cold.iter().filter(|c| c.who != "cpcr");
-    let mut ratios: Vec<_> = others.map(|c| (c.who.clone(), ours / c.images_per_second)).collect();
+    let mut ratios: Vec<_> = others.map(|other| over(&other.who, ours, other)).collect();
     if let [clean, faulty] = faults {
-        let ratio = faulty.images_per_second / clean.images_per_second;
-        ratios.push(("faults over none".to_owned(), ratio));
+        ratios.push(over("faults over none", faulty, clean));
     }
     ratios
 }

@@ -3,8 +3,8 @@
 //! s3s-fs looks whether an object exists and then writes it, so two `If-None-Match: *` requests
 //! at once can both be told that they made it. Everything this crate commits rests on exactly one
 //! being told so; hence [`KeyedFs`]: all that changes a key holds that key's lock. It also makes a
-//! bucket when something is first put there. It is no second S3 implementation: every other call
-//! goes straight through.
+//! bucket when something is first put there, and reads files in pieces of 256 KiB where s3s-fs takes
+//! 4. It is no second S3 implementation: every other call goes straight through.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -14,9 +14,11 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use s3s::dto::*;
 use s3s::{S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
 use s3s_fs::FileSystem;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::timeout;
 
@@ -25,6 +27,10 @@ use super::error::chain;
 /// Longest that a write may wait for its key, and then hold it: a client that stalls in the
 /// middle of its body must not keep the name.
 const WRITE_S_MAX: Duration = Duration::from_secs(120);
+
+/// What is read of a file at once, and how many of these wait for a slow client.
+const PIECE_BYTES: usize = 256 << 10;
+const PIECES_AHEAD: usize = 2;
 
 /// What `#[async_trait]`, which the S3 trait is written in, makes of an `async fn`.
 type Reply<'a, T> = Pin<Box<dyn Future<Output = S3Result<S3Response<T>>> + Send + 'a>>;
@@ -91,6 +97,49 @@ impl KeyedFs {
     async fn ensure_bucket(&self, bucket: &str) -> S3Result<()> {
         let made = tokio::fs::create_dir_all(self.root.join(bucket)).await;
         made.map_err(|error| storage_error(S3Error::internal_error(error)))
+    }
+
+    /// The body of an answer, read in large pieces; none where the file is not the one that was answered about.
+    async fn large_pieces(
+        &self,
+        (bucket, key): (&str, &str),
+        answer: &GetObjectOutput,
+    ) -> Option<StreamingBlob> {
+        // s3s-fs resolves every other name in its own way.
+        key.split('/').all(|part| !matches!(part, "" | "." | "..")).then_some(())?;
+        let mut file = tokio::fs::File::open(self.root.join(bucket).join(key)).await.ok()?;
+        let found = file.metadata().await.ok()?;
+        let (first, total) = match &answer.content_range {
+            Some(range) => {
+                let (range, total) = range.strip_prefix("bytes ")?.split_once('/')?;
+                (range.split_once('-')?.0.parse().ok()?, total.parse().ok()?)
+            }
+            None => (0, found.len()),
+        };
+        let mut left = u64::try_from(answer.content_length?).ok()?;
+        // It may have been replaced meanwhile: then the answer's headers are of another one.
+        let same = found.len() == total
+            && found.modified().ok().map(Timestamp::from) == answer.last_modified
+            && (answer.content_range.is_some() || left == total);
+        same.then_some(())?;
+        file.seek(io::SeekFrom::Start(first)).await.ok()?;
+        let (pieces, stream) = tokio::sync::mpsc::channel(PIECES_AHEAD);
+        tokio::spawn(async move {
+            while left > 0 {
+                let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+                let read = match (&mut file).take(left).read_buf(&mut piece).await {
+                    Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(bytes) => Ok(bytes as u64),
+                    Err(error) => Err(error),
+                };
+                left = read.as_ref().map_or(0, |bytes| left - bytes);
+                // A client that has left needs no more.
+                if pieces.send(read.map(|_| piece.freeze())).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Some(StreamingBlob::wrap(tokio_stream::wrappers::ReceiverStream::new(stream)))
     }
 
     /// Does `work` while holding the key, within the bound.
@@ -182,6 +231,20 @@ macro_rules! in_a_bucket {
 }
 
 impl S3 for KeyedFs {
+    fn get_object<'s, 'a>(&'s self, req: S3Request<GetObjectInput>) -> Reply<'a, GetObjectOutput>
+    where
+        's: 'a,
+    {
+        Box::pin(async move {
+            let (bucket, key) = (req.input.bucket.clone(), req.input.key.clone());
+            let mut answer = self.inner.get_object(req).await?;
+            if let Some(body) = self.large_pieces((&bucket, &key), &answer.output).await {
+                answer.output.body = Some(body);
+            }
+            Ok(answer)
+        })
+    }
+
     one_at_a_time! {
         put_object(PutObjectInput) -> PutObjectOutput;
         copy_object(CopyObjectInput) -> CopyObjectOutput;
@@ -202,7 +265,6 @@ impl S3 for KeyedFs {
         create_bucket(CreateBucketInput) -> CreateBucketOutput;
         delete_bucket(DeleteBucketInput) -> DeleteBucketOutput;
         list_buckets(ListBucketsInput) -> ListBucketsOutput;
-        get_object(GetObjectInput) -> GetObjectOutput;
         head_object(HeadObjectInput) -> HeadObjectOutput;
         delete_objects(DeleteObjectsInput) -> DeleteObjectsOutput;
         upload_part_copy(UploadPartCopyInput) -> UploadPartCopyOutput;
@@ -214,6 +276,34 @@ impl S3 for KeyedFs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whole, and from the middle; with a name that s3s-fs resolves, not we.
+    #[tokio::test]
+    async fn large_pieces_are_the_bytes_that_were_asked_for() {
+        use futures::TryStreamExt;
+        let folder = tempfile::tempdir().unwrap();
+        let bytes: Vec<u8> = (0..3 * PIECE_BYTES + 7).map(|at| ((at * 31) >> 3) as u8).collect();
+        std::fs::create_dir(folder.path().join("b")).unwrap();
+        std::fs::write(folder.path().join("b/k"), &bytes).unwrap();
+        let files = KeyedFs::new(folder.path().to_owned(), true).unwrap();
+        let total = bytes.len();
+        let modified = std::fs::metadata(folder.path().join("b/k")).unwrap().modified().unwrap();
+        for (first, last) in [(0, total - 1), (5, 5), (PIECE_BYTES - 1, total - 2)] {
+            let answer = GetObjectOutput {
+                content_length: Some((last - first + 1) as i64),
+                content_range: Some(format!("bytes {first}-{last}/{total}")),
+                last_modified: Some(Timestamp::from(modified)),
+                ..Default::default()
+            };
+            let body = files.large_pieces(("b", "k"), &answer).await.unwrap();
+            let pieces: Vec<_> = body.try_collect().await.unwrap();
+            assert!(pieces.concat() == bytes[first..=last], "{first} to {last}");
+            assert!(files.large_pieces(("b", "../b/k"), &answer).await.is_none());
+            // Headers of another file: replaced since.
+            let other = GetObjectOutput { last_modified: None, ..answer };
+            assert!(files.large_pieces(("b", "k"), &other).await.is_none());
+        }
+    }
 
     #[tokio::test]
     async fn the_table_empties_when_nobody_holds_a_key() {

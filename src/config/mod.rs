@@ -95,15 +95,16 @@ impl Default for RunConfig {
     }
 }
 
+fn fail(key: &'static str, value: String, reason: &str) -> Result<(), ConfigError> {
+    Err(ConfigError::OutOfRange { key, value, reason: reason.to_owned() })
+}
+
 impl RunConfig {
     /// Checks every value against what the method can do.
     ///
     /// # Errors
     /// [`ConfigError::OutOfRange`] for the first value that is out of range.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let fail = |key, value: String, reason: &str| {
-            Err(ConfigError::OutOfRange { key, value, reason: reason.to_owned() })
-        };
         if self.name.is_empty()
             || !self.name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         {
@@ -169,6 +170,10 @@ impl RunConfig {
                 "at least 1, or nothing could be resumed",
             );
         }
+        self.validate_loader()
+    }
+
+    fn validate_loader(&self) -> Result<(), ConfigError> {
         let loader = [
             ("loader.threads", self.loader.threads),
             ("loader.fetches", self.loader.fetches),

@@ -70,7 +70,7 @@ fn log_read_faults(faults: &ReadFaults) {
             hedges_sent,
             hedges_won,
             kinds,
-            "faults on the way to the data, all cured"
+            "faults on the way to the data"
         );
     }
 }

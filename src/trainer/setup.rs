@@ -74,11 +74,7 @@ impl Trainer {
         let text = runtime.block_on(run.get("config.toml"))?;
         let text = String::from_utf8_lossy(&text).into_owned();
         let config = config::load(&ConfigSource::Text(text), &[])?;
-        let data = config.data.url.clone().unwrap_or_default();
-        let store = Store::open(&data, &StoreOptions::default().existing())?;
-        let dir = config.loader.cache_dir.as_deref();
-        let cache = BlockCache::for_dataset(store.url(), dir, config.loader.cache_gib);
-        let dataset = Dataset::open_cached(Arc::new(store), cache)?;
+        let dataset = open_dataset(&config)?;
         let checkpoint = runtime.block_on(load_latest(&run))?;
 
         let device = device::open(assignment.backend, config.train.precision)?;
@@ -183,6 +179,15 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// The run's dataset, read through this machine's block cache.
+fn open_dataset(config: &RunConfig) -> Result<Dataset, TrainerError> {
+    let data = config.data.url.clone().unwrap_or_default();
+    let store = Store::open(&data, &StoreOptions::default().existing())?;
+    let dir = config.loader.cache_dir.as_deref();
+    let cache = BlockCache::for_dataset(store.url(), dir, config.loader.cache_gib);
+    Ok(Dataset::open_cached(Arc::new(store), cache)?)
 }
 
 /// Fresh networks and optimisers of the configured method.

@@ -17,7 +17,7 @@ use crate::types::WorldSize;
 #[derive(Debug, clap::Args)]
 pub struct DataArguments {
     /// Patients of the pool: 20 slices each.
-    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(2..=5000))]
+    #[arg(long, default_value_t = 480, value_parser = clap::value_parser!(u32).range(2..=5000))]
     patients: u32,
     /// Side of the square slices in pixels.
     #[arg(long, default_value_t = 240, value_parser = clap::value_parser!(u32).range(32..=1024))]
@@ -123,7 +123,7 @@ fn table(report: &DataReport) -> String {
         "| who | images/s on a core | images a CPU second | first batch, s | peak MiB |".to_owned(),
         "|---|---|---|---|---|".to_owned(),
     ];
-    for c in report.cold.iter().chain(&report.faults) {
+    for c in report.cold.iter().chain(&report.behind_link).chain(&report.faults) {
         lines.push(format!(
             "| {} | {:.0} | {:.0} | {:.2} | {:.0} |",
             c.who, c.images_per_second, c.images_per_cpu_second, c.first_batch_s, c.peak_rss_mib

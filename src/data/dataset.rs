@@ -27,9 +27,10 @@ use super::source::ObjectReader;
 use crate::store::{BlockCache, BlockCacheCounts, ReadFaults};
 use crate::types::ObjectDigest;
 
-/// Footers kept parsed, some 100 KB each. Blocks come from all shards in turn, so a pool of more shards
-/// than this reads indexes and footers again: small next to a block, and from the disk where there is a cache.
-const FOOTERS_MAX: usize = 256;
+/// Footers kept, some 15 KB each with their indexes; parsed they would be ten times as large, and parsing one is little
+/// next to decoding a block. Blocks come from all shards in turn, so a pool of more shards than this reads
+/// indexes and footers again: small next to a block, and from the disk where there is a cache.
+const FOOTERS_MAX: usize = 512;
 
 /// Volume tables kept parsed, a few MB each.
 const TABLES_MAX: usize = 4;
@@ -60,7 +61,8 @@ pub struct Volume {
 #[derive(Debug)]
 struct OpenShard {
     index: ShardIndex,
-    footer: ShardFooter,
+    /// Verified.
+    footer: Bytes,
 }
 
 /// A verified row group, not decoded yet.
@@ -327,7 +329,8 @@ impl Dataset {
         bytes: Bytes,
         labels: Labels,
     ) -> Result<Vec<SliceRow>, DataError> {
-        let rows = shard.footer.decode(group, &shard.index.groups[group], bytes, labels)?;
+        let footer = ShardFooter::parse(&shard.index, shard.footer.clone())?;
+        let rows = footer.decode(group, &shard.index.groups[group], bytes, labels)?;
         let channels = self.manifest().channel_count();
         match rows.iter().find(|row| row.channels != channels) {
             None => Ok(rows),
@@ -422,7 +425,6 @@ async fn read_shard(inner: &Inner, number: usize) -> Result<Arc<OpenShard>, Data
     let digest = &index.footer_digest;
     let fetch = verified(reader, &entry.object, Some(range), digest, "the footer");
     let footer = inner.cached(digest, fetch).await?;
-    let footer = ShardFooter::parse(&index, footer)?;
     Ok(Arc::new(OpenShard { index, footer }))
 }
 

@@ -119,6 +119,8 @@ pub struct FaultPlan {
     pub retry_after_s: Option<u32>,
     /// Only requests whose path (with the bucket) contains this.
     pub only: Option<String>,
+    /// What all answers together get through to the clients; else as fast as it goes.
+    pub link_bytes_per_s: Option<u64>,
 }
 
 impl FaultPlan {
@@ -131,7 +133,22 @@ impl FaultPlan {
     /// Nothing goes wrong yet; the draws to come are those of `seed`.
     #[must_use]
     pub fn seeded(seed: u64) -> Self {
-        Self { seed, rates: vec![], at: vec![], burst: 3, retry_after_s: None, only: None }
+        Self {
+            seed,
+            rates: vec![],
+            at: vec![],
+            burst: 3,
+            retry_after_s: None,
+            only: None,
+            link_bytes_per_s: None,
+        }
+    }
+
+    /// The same plan behind a link of `bytes_per_s`.
+    #[must_use]
+    pub fn link(mut self, bytes_per_s: u64) -> Self {
+        self.link_bytes_per_s = Some(bytes_per_s);
+        self
     }
 
     /// The same plan, in which `fault` happens to a request with `probability`.

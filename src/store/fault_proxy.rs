@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::fault_plan::{Asked, FaultPlan, InjectedFault};
-use super::fault_wire::{Framing, Head, Wire};
+use super::fault_wire::{Framing, Head, Link, Wire};
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 1024;
@@ -67,8 +67,16 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     plan: FaultPlan,
+    link: Option<Arc<Link>>,
     next: u64,
     counts: InjectedCounts,
+}
+
+impl State {
+    fn new(plan: FaultPlan) -> Self {
+        let link = plan.link_bytes_per_s.map(|bytes_per_s| Arc::new(Link::new(bytes_per_s)));
+        Self { plan, link, next: 0, counts: InjectedCounts::default() }
+    }
 }
 
 /// What is planned for a request, and the random bits that go with it.
@@ -90,10 +98,9 @@ impl FaultProxy {
     pub async fn start(upstream: SocketAddr, plan: FaultPlan) -> io::Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let addr = listener.local_addr()?;
-        let state = State { plan, next: 0, counts: InjectedCounts::default() };
         let shared = Arc::new(Shared {
             upstream,
-            state: Mutex::new(state),
+            state: Mutex::new(State::new(plan)),
             connections: watch::Sender::new(0),
         });
         let task = tokio::spawn(accept(listener, Arc::clone(&shared)));
@@ -120,7 +127,7 @@ impl FaultProxy {
 
     /// From now on `plan` holds; requests are numbered and faults counted from 0 again.
     pub fn set_plan(&self, plan: FaultPlan) {
-        *self.shared.state() = State { plan, next: 0, counts: InjectedCounts::default() };
+        *self.shared.state() = State::new(plan);
     }
 }
 
@@ -193,7 +200,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 /// Serves one connection, with one behind it that is kept as long as it lives.
 async fn converse(shared: &Shared, socket: TcpStream) -> io::Result<()> {
-    let mut client = Wire::new(socket)?;
+    let link = shared.state().link.clone();
+    let mut client = Wire::new(socket, link)?;
     let mut upstream: Option<Wire> = None;
     while let Some(request) = client.head().await? {
         let fate = shared.fate(&request);
@@ -218,7 +226,7 @@ async fn converse(shared: &Shared, socket: TcpStream) -> io::Result<()> {
         }
         let mut server = match upstream.take() {
             Some(kept) if !kept.is_stale() => kept,
-            _ => Wire::new(TcpStream::connect(shared.upstream).await?)?,
+            _ => Wire::new(TcpStream::connect(shared.upstream).await?, None)?,
         };
         let answer = forward(&mut client, &mut server, &request).await?;
         if fate.fault == Some(InjectedFault::AnswerLost) {

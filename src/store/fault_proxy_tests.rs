@@ -1,6 +1,8 @@
 //! The proxy against a server of a few lines, as a client sees it byte by byte. What the engine and
 //! the reader make of it is tested in `tests/faults.rs`.
 
+use std::time::Instant;
+
 use super::*;
 
 const BODY: &[u8] = b"0123456789";
@@ -17,7 +19,7 @@ async fn server() -> (SocketAddr, Arc<Mutex<Vec<String>>>, JoinHandle<()>) {
             let (socket, _) = listener.accept().await.unwrap();
             let log = Arc::clone(&log);
             connections.spawn(async move {
-                let mut wire = Wire::new(socket).unwrap();
+                let mut wire = Wire::new(socket, None).unwrap();
                 while let Ok(Some(request)) = wire.head().await {
                     wire.discard(request.request_framing()).await.unwrap();
                     log.lock().unwrap().push(request.word(0).to_owned());
@@ -45,7 +47,7 @@ fn answer_to(request: &Head) -> Vec<u8> {
 }
 
 async fn connect(proxy: &FaultProxy) -> Wire {
-    Wire::new(TcpStream::connect(proxy.addr()).await.unwrap()).unwrap()
+    Wire::new(TcpStream::connect(proxy.addr()).await.unwrap(), None).unwrap()
 }
 
 /// Status, head and as much of the body as comes; `None` where no answer comes.
@@ -157,4 +159,18 @@ async fn a_stall_ends_when_the_client_leaves() {
     assert_eq!(proxy.counts().of(InjectedFault::Stall), 1);
     let elsewhere = GET.replace("/bucket/", "/other/");
     assert_eq!(ask(&mut connect(&proxy).await, &elsewhere).await.unwrap().1, BODY);
+}
+
+#[tokio::test]
+async fn a_link_takes_its_time_and_all_connections_share_it() {
+    let (upstream, _seen, _task) = server().await;
+    // Ten bytes and a head of some 50 take half a second.
+    let proxy = FaultProxy::start(upstream, FaultPlan::none().link(200)).await.unwrap();
+    let (mut one, mut other) = (connect(&proxy).await, connect(&proxy).await);
+    let began = Instant::now();
+    let (first, second) = tokio::join!(ask(&mut one, GET), ask(&mut other, GET));
+    assert_eq!((first.unwrap().1, second.unwrap().1), (BODY.to_vec(), BODY.to_vec()));
+    let both =
+        2 * (BODY.len() + "HTTP/1.1 200 OK\r\nETag: \"a\"\r\nContent-Length: 10\r\n\r\n".len());
+    assert!(began.elapsed() >= Duration::from_secs_f64(both as f64 / 200.0));
 }

@@ -3,11 +3,13 @@
 //! No parser for anything else: requests and answers go through as the bytes they came as.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 /// The longest head of a message.
 const HEAD_BYTES_MAX: usize = 64 << 10;
@@ -103,16 +105,42 @@ impl Head {
     }
 }
 
+/// What several connections go through together: so many bytes a second, in the order in which they come.
+#[derive(Debug)]
+pub(super) struct Link {
+    bytes_per_s: u64,
+    free_at: Mutex<Instant>,
+}
+
+impl Link {
+    pub fn new(bytes_per_s: u64) -> Self {
+        Self { bytes_per_s: bytes_per_s.max(1), free_at: Mutex::new(Instant::now()) }
+    }
+
+    /// Returns when the last of `bytes` bytes is through.
+    async fn pass(&self, bytes: usize) {
+        let through = {
+            let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+            let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_s as f64);
+            *free_at = Instant::now().max(*free_at) + takes;
+            *free_at
+        };
+        tokio::time::sleep_until(through).await;
+    }
+}
+
 /// A connection and what was read ahead of its current message.
 pub(super) struct Wire {
     stream: TcpStream,
     ahead: BytesMut,
+    /// What is sent goes through this.
+    link: Option<Arc<Link>>,
 }
 
 impl Wire {
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
+    pub fn new(stream: TcpStream, link: Option<Arc<Link>>) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        Ok(Self { stream, ahead: BytesMut::new() })
+        Ok(Self { stream, ahead: BytesMut::new(), link })
     }
 
     /// The next message's head; `None` when the other side has left.
@@ -135,6 +163,9 @@ impl Wire {
 
     /// Sends `bytes`.
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(link) = &self.link {
+            link.pass(bytes.len()).await;
+        }
         self.stream.write_all(bytes).await
     }
 

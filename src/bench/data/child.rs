@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{BATCH, DataBenchError, Reading};
 use crate::bench::{cpu_seconds, peak_rss_mib};
+use crate::bridge::alloc;
 use crate::data::source::{ObjectReader, SourceError};
 use crate::data::{Dataset, Loader, LoaderPlan, Split};
 use crate::store::{BlockCache, BlockCacheOptions, Store, StoreOptions};
@@ -68,6 +69,8 @@ impl Task {
 /// # Errors
 /// [`DataBenchError`] when data cannot be read.
 pub fn perform(task: &Task) -> Result<Reading, DataBenchError> {
+    // As in a trainer's process. The bare loop gains most from it.
+    alloc::tune();
     match task {
         Task::Get { url } => get(url),
         Task::Read { url, world, rank, steps, cache } => {

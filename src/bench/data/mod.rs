@@ -11,6 +11,7 @@ mod child;
 mod cores;
 mod peers;
 mod pools;
+mod proxied;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,10 +21,7 @@ use serde::{Deserialize, Serialize};
 pub use child::{Task, perform};
 
 use crate::data::DataError;
-use crate::store::{
-    FaultPlan, FaultProxy, InjectedFault, S3Server, S3ServerError, S3ServerOptions, StoreError,
-    serve,
-};
+use crate::store::{S3Server, S3ServerError, S3ServerOptions, StoreError, serve};
 use cores::Cores;
 
 /// What the server calls its bucket.
@@ -42,12 +40,6 @@ const POOL_STEPS: u64 = 200;
 const POOL_SLICES: [u64; 4] = [10_000, 100_000, 1_000_000, 10_000_000];
 /// Worker counts whose traffic is counted.
 const WORLDS: [u32; 4] = [1, 2, 4, 8];
-/// Slices of the pool over which faults are met: more than a thousand requests, for the rare ones.
-const FAULTY_SLICES: u64 = 9_600;
-/// Requests that are answered with 503.
-const UNAVAILABLE_SHARE: f64 = 0.01;
-/// One in so many requests stalls before its first byte: not drawn, or a round might have none.
-const STALLED_EVERY: u64 = 1000;
 
 /// Why a measurement failed.
 #[derive(Debug, thiserror::Error)]
@@ -173,6 +165,8 @@ pub struct DataReport {
     pub cores: Cores,
     /// A cold epoch, by contender.
     pub cold: Vec<Contender>,
+    /// The bare loop and ours, cold, behind a link that is slower than either.
+    pub behind_link: Vec<Contender>,
     /// Ours through a proxy, without and with faults.
     pub faults: Vec<Contender>,
     /// How many faults the proxy injected, by kind, over all rounds.
@@ -222,19 +216,20 @@ async fn measure(
     }
     let cold = rounds(&site, commands, options.rounds, progress)?;
 
-    progress("meeting faults");
-    let (faults, injected) = faults(&site, options, &pool, progress).await?;
+    let behind_link = proxied::behind_link(&site, options, &url, progress).await?;
+    let (faults, injected) = proxied::through_faults(&site, options, &url, progress).await?;
     progress("counting traffic");
     let traffic = traffic(&site, &url, &pool)?;
     progress("growing the pool");
     let pools = costs(&site, &pool).await?;
-    let ratios = ratios(&cold, &faults);
+    let ratios = ratios(&cold, &behind_link, &faults);
     let pool = (pool.slices, pool.bytes);
     Ok(DataReport {
         options: options.clone(),
         pool,
         cores,
         cold,
+        behind_link,
         faults,
         injected,
         traffic,
@@ -333,10 +328,13 @@ fn rounds(
             progress(&format!("round {} of {rounds}: {who}", round + 1));
             readings.push(command.run(who, site)?);
         }
-        // The next round is cold again.
+        // The next round is cold again. Removed at the end only: for some seconds after thousands of files
+        // have gone, ext4 is slow to make new ones.
         let blocks = site.folder.join(BLOCKS);
         if blocks.exists() {
-            std::fs::remove_dir_all(&blocks).map_err(DataBenchError::io("empty the disk cache"))?;
+            let aside = tempfile::tempdir_in(&site.folder).map(tempfile::TempDir::keep);
+            let moved = aside.and_then(|aside| std::fs::rename(&blocks, aside.join(BLOCKS)));
+            moved.map_err(DataBenchError::io("empty the disk cache"))?;
         }
     }
     Ok(commands
@@ -366,39 +364,6 @@ fn median(mut values: Vec<f64>) -> f64 {
         n if n % 2 == 1 => values[n / 2],
         n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
     }
-}
-
-type Faulty = (Vec<Contender>, Vec<(String, u64)>);
-
-/// Ours over more requests, through a proxy that passes everything on, and through one that does not.
-async fn faults(
-    site: &Site,
-    options: &DataOptions,
-    pool: &pools::Pool,
-    progress: &dyn Fn(&str),
-) -> Result<Faulty, DataBenchError> {
-    pools::repeated(site, "faulty", pool, FAULTY_SLICES).await?;
-    let upstream = site.server.addr();
-    let clean = FaultProxy::start(upstream, FaultPlan::none()).await;
-    let clean = clean.map_err(DataBenchError::io("start a proxy"))?;
-    let mut plan = FaultPlan::seeded(1).rate(InjectedFault::Unavailable, UNAVAILABLE_SHARE);
-    plan.burst = 1;
-    plan.at = (1..1000).map(|n| (n * STALLED_EVERY, InjectedFault::Stall)).collect();
-    let faulty = FaultProxy::start(upstream, plan).await;
-    let faulty = faulty.map_err(DataBenchError::io("start a proxy"))?;
-    let command = |endpoint: String| Command {
-        task: Some(Task::epoch(&site.url("faulty"), 1, 0)),
-        endpoint,
-        line: Vec::new(),
-    };
-    let commands = vec![
-        ("cpcr through a proxy".to_owned(), command(format!("http://{}", clean.addr()))),
-        ("cpcr through faults".to_owned(), command(format!("http://{}", faulty.addr()))),
-    ];
-    let measured = rounds(site, commands, options.rounds, progress)?;
-    let counts = faulty.counts();
-    let injected = InjectedFault::ALL.iter().map(|f| (f.name().to_owned(), counts.of(*f)));
-    Ok((measured, injected.filter(|(_, count)| *count > 0).collect()))
 }
 
 /// What the worker with the largest share fetches in one epoch.
@@ -436,8 +401,12 @@ async fn costs(site: &Site, pool: &pools::Pool) -> Result<Vec<PoolCost>, DataBen
     Ok(all)
 }
 
-/// Ours over each other contender, and under faults over without.
-fn ratios(cold: &[Contender], faults: &[Contender]) -> Vec<(String, f64, f64)> {
+/// Ours over each other contender, behind the link as well, and under faults over without.
+fn ratios(
+    cold: &[Contender],
+    behind_link: &[Contender],
+    faults: &[Contender],
+) -> Vec<(String, f64, f64)> {
     let over = |name: &str, a: &Contender, b: &Contender| {
         let per_cpu = a.images_per_cpu_second / b.images_per_cpu_second;
         (name.to_owned(), a.images_per_second / b.images_per_second, per_cpu)
@@ -445,6 +414,9 @@ fn ratios(cold: &[Contender], faults: &[Contender]) -> Vec<(String, f64, f64)> {
     let Some(ours) = cold.iter().find(|c| c.who == "cpcr") else { return Vec::new() };
     let others = cold.iter().filter(|c| c.who != "cpcr");
     let mut ratios: Vec<_> = others.map(|other| over(&other.who, ours, other)).collect();
+    if let [bare, ours] = behind_link {
+        ratios.push(over(&bare.who, ours, bare));
+    }
     if let [clean, faulty] = faults {
         ratios.push(over("faults over none", faulty, clean));
     }

@@ -7,7 +7,8 @@
 //!
 //! Decoded blocks are kept within a budget. One that no walked step needs goes first, unlabelled ones
 //! before labelled ones: a slot never comes back to a block it has left, while labelled rows are drawn
-//! from everywhere. The first step that is not taken yet gets its blocks whatever the budget is.
+//! from everywhere. Of a pool that is far larger than the budget the former go at once: next epoch they
+//! would be gone anyway. The first step that is not taken yet gets its blocks whatever the budget is.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -17,6 +18,9 @@ use crate::types::Step;
 
 /// Steps walked ahead of the ones taken, at most.
 const STEPS_AHEAD_MAX: usize = 256;
+
+/// A pool of so many budgets is not worth keeping parts of.
+const LARGE_BUDGETS: usize = 2;
 
 /// The part of the budget that blocks which no step has used yet may take.
 const AHEAD_PART: usize = 4;
@@ -336,6 +340,7 @@ impl<F, B: Clone> Schedule<F, B> {
         }
         // Before anything is dropped, so that what the next step needs is known.
         self.walk();
+        self.drop_left();
         self.trim();
         Some(Job::Batch { step: Step(step), draws: planned.draws, blocks })
     }
@@ -365,6 +370,20 @@ impl<F, B: Clone> Schedule<F, B> {
     /// Drops what nobody needs while there is too much.
     fn trim(&mut self) {
         while self.kept_bytes > self.bounds.budget_bytes && self.drop_idle() {}
+    }
+
+    /// Drops the unlabelled blocks that no walked step needs, where the pool is too large to keep.
+    fn drop_left(&mut self) {
+        let spec = self.deal.spec();
+        let rows = spec.unlabelled.end.saturating_sub(spec.unlabelled.start);
+        let blocks = rows.div_ceil(spec.block_rows.max(1));
+        let pool_bytes = (blocks as usize).saturating_mul(self.largest_bytes);
+        if pool_bytes <= self.bounds.budget_bytes.saturating_mul(LARGE_BUDGETS) {
+            return;
+        }
+        while self.idle.first().is_some_and(|(labelled, _, _)| !labelled) {
+            self.drop_idle();
+        }
     }
 
     fn drop_idle(&mut self) -> bool {

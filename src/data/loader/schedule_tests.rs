@@ -202,6 +202,18 @@ fn labelled_blocks_stay_and_unlabelled_ones_go_when_they_are_done() {
     assert!((450..=454).contains(&unlabelled), "{unlabelled} unlabelled blocks");
 }
 
+/// Memory is what comes and what is in use, not the budget; a pool that the budget nearly holds is kept.
+#[test]
+fn of_a_large_pool_nothing_is_kept_that_no_slot_needs() {
+    for (pool_blocks, kept_max) in [(3000, 2 * (6 + 4) + 2 * 4), (1900, 1000)] {
+        let spec = spec(0, pool_blocks * 8, (0, 4));
+        let mut simulation = Simulation::new(1, spec, bounds(8 * 600, 3, 6, 1000));
+        simulation.run();
+        let kept = simulation.kept_max / BLOCK_BYTES;
+        assert!((kept_max / 4..=kept_max).contains(&kept), "{kept} of {pool_blocks} blocks");
+    }
+}
+
 #[test]
 fn what_is_needed_first_is_fetched_first() {
     let mut simulation = Simulation::new(1, spec(16, 800, (2, 4)), bounds(200, 3, 64, 1000));

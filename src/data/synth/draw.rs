@@ -32,6 +32,9 @@ impl Frame {
     }
 }
 
+/// Steps between the darkest and the brightest pixel of a volume; ACDC's have 240 to 490.
+const LEVELS: f32 = 400.0;
+
 /// Uniform and normal numbers from a keyed stream.
 struct Draws(ChaCha8Rng);
 
@@ -154,12 +157,14 @@ impl Heart {
         let shape = (self.height as usize, self.width as usize);
         let drawn = (0..self.slices).map(|slice| self.slice(frame, slice));
         let (mut images, labels): (Vec<Vec<f32>>, Vec<Vec<u8>>) = drawn.unzip();
-        // Intensities are scaled to [0, 1] over the volume, as for real data.
+        // Intensities are scaled to [0, 1] over the volume, as for real data, out of a scanner's
+        // whole numbers: what few values there are is why real slices compress so well.
         let all = || images.iter().flatten().copied();
         let (low, high) = (all().fold(f32::MAX, f32::min), all().fold(f32::MIN, f32::max));
         let scale = 1.0 / (high - low).max(f32::MIN_POSITIVE);
         for value in images.iter_mut().flatten() {
-            *value = ((*value - low) * scale).clamp(0.0, 1.0);
+            let whole = ((*value - low) * scale * LEVELS).round();
+            *value = (whole / LEVELS).clamp(0.0, 1.0);
         }
         let numbered = (0..).zip(images).zip(labels);
         numbered

@@ -97,12 +97,12 @@ fn a_stop_checkpoints_exits_75_and_the_same_command_goes_on_with_fewer_workers_t
     assert_eq!(evaluate(&["--run", "run", "--step", "newest"]).status.code(), Some(2));
 }
 
-/// Kills one process of a two-worker run; the run must come through.
-fn survives_the_death_of(victims: impl Fn(&Path, u32) -> Vec<i32>) {
+/// Kills one process of a run of up to two workers; the run must come through without going back. What it said.
+fn survives_the_death_of(nodes: &str, victims: impl Fn(&Path, u32) -> Vec<i32>) -> String {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let set = ["train.iterations=150", "checkpoint.every=50"];
-    let mut child = launch(folder.path(), &data, "run", 2, &set).spawn().unwrap();
+    let mut child = launch(folder.path(), &data, "run", nodes, &set).spawn().unwrap();
     wait_for_a_step(&mut child);
     let victims = victims(folder.path(), child.id());
     assert!(!victims.is_empty());
@@ -111,31 +111,58 @@ fn survives_the_death_of(victims: impl Fn(&Path, u32) -> Vec<i32>) {
     succeed(&output);
     let told = text(&output.stderr);
     assert!(told.contains("starting it again") || told.contains("restart 1 of"), "{told}");
+    // Whoever was left had the state: no step was taken twice, nor a checkpoint read.
+    assert!(!told.contains("resumed at step"), "{told}");
     assert!(folder.path().join("run/checkpoints/step-00000150/manifest.json").is_file());
     let report = audited(&folder.path().join("run"));
     assert_eq!((&report["steps"], &report["samples"]), (&150.into(), &300.into()), "{report}");
     assert!(report["lineages"].as_u64() >= Some(2), "{report}");
     let left = processes(&folder.path().display().to_string());
     assert!(left.is_empty(), "left behind: {left:?}");
+    told
+}
+
+fn trainers(folder: &Path) -> Vec<i32> {
+    processes(&format!("\"run\":\"{}", folder.join("run").display()))
 }
 
 #[test]
-fn a_killed_trainer_costs_no_more_than_the_steps_since_the_checkpoint() {
-    survives_the_death_of(|folder, _| {
-        processes(&format!("\"run\":\"{}", folder.join("run").display()))
-    });
+fn a_killed_trainer_costs_no_step_but_the_one_in_flight() {
+    survives_the_death_of("2", |folder, _| trainers(folder));
+}
+
+#[test]
+fn where_one_is_enough_it_goes_on_alone_and_the_other_joins_again() {
+    let told = survives_the_death_of("1:2", |folder, _| trainers(folder));
+    assert!(told.contains(" joins"), "{told}");
+}
+
+/// Frozen, not dead: its connections stay open, and only its pulse is missing.
+#[test]
+fn a_frozen_trainer_is_found_and_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = dataset(folder.path());
+    let set = ["train.iterations=100", "checkpoint.every=100"];
+    let mut child = launch(folder.path(), &data, "run", 2, &set).spawn().unwrap();
+    wait_for_a_step(&mut child);
+    signal(trainers(folder.path())[0], rustix::process::Signal::STOP);
+    let output = child.wait_with_output().unwrap();
+    succeed(&output);
+    let told = text(&output.stderr);
+    assert!(told.contains("(by its agent)") && !told.contains("resumed at step"), "{told}");
+    assert_eq!(audited(&folder.path().join("run"))["samples"], 200);
 }
 
 #[test]
 fn a_killed_agent_is_started_again() {
-    survives_the_death_of(|folder, _| {
+    survives_the_death_of("2", |folder, _| {
         processes(&format!("--node=1 --run={}", folder.join("run").display()))
     });
 }
 
 #[test]
-fn a_killed_coordinator_is_started_again_and_its_generations_read_no_stale_key() {
-    survives_the_death_of(|_, launcher| {
+fn a_killed_coordinator_stops_nothing_and_the_next_takes_over() {
+    let told = survives_the_death_of("2", |_, launcher| {
         let parent = format!("PPid:\t{launcher}\n");
         let mut found = processes(" coordinator --listen");
         found.retain(|pid| {
@@ -144,6 +171,7 @@ fn a_killed_coordinator_is_started_again_and_its_generations_read_no_stale_key()
         });
         found
     });
+    assert!(told.contains("took over 2 workers in the midst of training"), "{told}");
 }
 
 #[test]

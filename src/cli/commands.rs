@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::bench::{self, DataArguments};
 use super::compare::{self, CompareArguments};
 use super::data::{self, Data};
-use super::run::{self, BackendArgument, Resume};
+use super::run::{self, BackendArgument, NodeRange, Resume};
 use super::{Failure, audit, doctor, gpus, sibling, threads_each};
 use crate::checkpoint;
 use crate::config::{self, ConfigSource};
@@ -26,6 +26,8 @@ const START: Duration = Duration::from_secs(180);
 /// Longest silence of trainers that have begun, unless their steps are slow: more than the outage of a
 /// store that they ride out (75 s, and a write's last request of 30).
 const PROGRESS: Duration = Duration::from_secs(120);
+/// How long after a group broke the coordinator waits for the cause to show, before it goes on without knowing it.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
 #[derive(Debug, Parser)]
@@ -118,9 +120,12 @@ struct CoordinatorArguments {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
-    /// How many workers the run needs.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
-    nodes: u32,
+    /// How many workers: N, or MIN:MAX for a run that goes on with any number in between.
+    #[arg(long, value_name = "N|MIN:MAX")]
+    nodes: NodeRange,
+    /// Workers beyond that, which wait to take a place.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
+    spares: u32,
     /// The run's folder.
     #[arg(long)]
     run: String,
@@ -164,6 +169,9 @@ struct WorkerArguments {
     /// How long the coordinator may be out of reach, in seconds.
     #[arg(long, default_value_t = 20)]
     patience_s: u64,
+    /// How long a trainer may be without a pulse before it is killed, in seconds.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(3..))]
+    silence_s: u64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -240,7 +248,7 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
             let mut config =
                 config::load(&ConfigSource::Named(name), &a.set).map_err(Failure::usage)?;
             config.data.url = a.data.as_deref().map(run::absolute).or(config.data.url);
-            run::prepare(config, &a.run, a.nodes, a.resume, &options).await?
+            run::prepare(config, &a.run, a.nodes.max, a.resume, &options).await?
         }
     };
     let listener = tokio::net::TcpListener::bind(a.listen)
@@ -248,13 +256,16 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
     announce(listener.local_addr().map_err(Failure::failed)?)?;
     let limits = Limits {
-        nodes: a.nodes,
+        min: a.nodes.min,
+        max: a.nodes.max,
+        spares: a.spares,
         backend: a.backend.chosen(),
         restarts: config.recovery.restarts,
         wait: Duration::from_secs(config.recovery.wait_s),
         heartbeat: Duration::from_secs(config.recovery.heartbeat_timeout_s),
         start: START,
         progress: PROGRESS,
+        grace: GRACE,
         drain: Duration::from_secs(20),
     };
     let ledger = LedgerPlace {
@@ -281,6 +292,7 @@ async fn worker(a: WorkerArguments) -> Result<i32, Failure> {
         gpus,
         child: ChildOptions { engine: sibling("cpcr-engine")?, logs: a.logs },
         patience: Duration::from_secs(a.patience_s),
+        silence: Duration::from_secs(a.silence_s),
     };
     run_agent(&options, super::signals::interrupted()).await.map_err(Failure::failed)
 }

@@ -9,7 +9,7 @@ use clap::Parser;
 use tokio::process::Child;
 
 use super::local::Family;
-use super::run::{self, BackendArgument, Resume, absolute};
+use super::run::{self, BackendArgument, NodeRange, Resume, absolute};
 use super::{Failure, gpus, named, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::proto::wire::coordinator_client::CoordinatorClient;
@@ -26,9 +26,12 @@ const LINGER: std::time::Duration = std::time::Duration::from_secs(5);
 #[derive(Debug, Parser)]
 #[command(name = "cpcr-launch", version)]
 pub struct Arguments {
-    /// How many workers.
-    #[arg(long, default_value = "4", value_parser = clap::value_parser!(u32).range(1..=1024))]
-    nodes: u32,
+    /// How many workers: N, or MIN:MAX for a run that goes on with any number in between.
+    #[arg(long, default_value = "4", value_name = "N|MIN:MAX")]
+    nodes: NodeRange,
+    /// Workers beyond that, which wait to take a place.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
+    spares: u32,
     /// A preset (demo, acdc-7, acdc-14, acdc-quick) or a TOML file.
     #[arg(long)]
     config: Option<String>,
@@ -52,7 +55,8 @@ pub struct Arguments {
 /// A run, resolved.
 struct Plan {
     config: RunConfig,
-    nodes: u32,
+    nodes: NodeRange,
+    spares: u32,
     backend: BackendArgument,
     /// GPUs of this machine, one for each agent as far as they go.
     gpus: Vec<String>,
@@ -73,10 +77,10 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
         BackendArgument::Gloo => Vec::new(),
         BackendArgument::Auto | BackendArgument::Nccl => gpus::visible().await?,
     };
-    if arguments.backend == BackendArgument::Nccl && gpus.len() < arguments.nodes as usize {
+    if arguments.backend == BackendArgument::Nccl && gpus.len() < arguments.nodes.max as usize {
         return Err(Failure::usage(format!(
             "--backend nccl: {} trainers want a GPU each, libtorch can use {}; see `cpcr doctor`",
-            arguments.nodes,
+            arguments.nodes.max,
             gpus.len()
         )));
     }
@@ -97,7 +101,7 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     };
     let options = options(&plan);
     plan.config =
-        run::prepare(plan.config, &plan.run, plan.nodes, arguments.resume, &options).await?;
+        run::prepare(plan.config, &plan.run, plan.nodes.max, arguments.resume, &options).await?;
     let status = supervise(&plan).await?;
     if status == EXIT_DONE
         && let Some(report) = &plan.report
@@ -128,8 +132,8 @@ fn plain(arguments: &Arguments, config: RunConfig, gpus: Vec<String>) -> Plan {
         folder.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.name)).join("logs");
     let report = folder.map(|folder| folder.join("report/index.html"));
     let family = Family { logs, environment: Vec::new() };
-    let (nodes, backend) = (arguments.nodes, arguments.backend);
-    Plan { config, nodes, backend, gpus, run, family, report, s3: None }
+    let Arguments { nodes, spares, backend, .. } = *arguments;
+    Plan { config, nodes, spares, backend, gpus, run, family, report, s3: None }
 }
 
 /// The built-in demonstration: phantoms behind an S3 server whose bucket is in the run's folder.
@@ -159,8 +163,8 @@ async fn demonstrate(
     config.data.url = Some("s3://cpcr/data".to_owned());
     let report = Some(folder.join("bucket/cpcr/run/report/index.html"));
     let run = "s3://cpcr/run".to_owned();
-    let (nodes, backend) = (arguments.nodes, arguments.backend);
-    let plan = Plan { config, nodes, backend, gpus, run, family, report, s3: Some(s3) };
+    let Arguments { nodes, spares, backend, .. } = *arguments;
+    let plan = Plan { config, nodes, spares, backend, gpus, run, family, report, s3: Some(s3) };
     let data = Store::open("s3://cpcr/data", &options(&plan)).map_err(Failure::usage)?;
     run::phantoms(data).await?;
     Ok(plan)
@@ -193,7 +197,8 @@ impl Processes<'_> {
         [
             "coordinator".to_owned(),
             format!("--listen={listen}"),
-            format!("--nodes={}", plan.nodes),
+            format!("--nodes={}:{}", plan.nodes.min, plan.nodes.max),
+            format!("--spares={}", plan.spares),
             format!("--run={}", plan.run),
             format!("--backend={}", named(plan.backend)),
         ]
@@ -213,7 +218,7 @@ impl Processes<'_> {
                 format!("--node={node}"),
                 format!("--run={}", plan.run),
                 format!("--logs={}", plan.family.logs.display()),
-                format!("--threads={}", threads_each(plan.nodes)),
+                format!("--threads={}", threads_each(plan.nodes.max)),
                 format!("--gpus={}", u32::from(gpu.is_some())),
             ],
         )
@@ -250,7 +255,7 @@ impl Processes<'_> {
             Ended::Coordinator(Some(status)) => return Ok(Some(status)),
             Ended::Coordinator(None) => {
                 self.spend("the coordinator died")?;
-                progress.note("the coordinator died; starting it again");
+                progress.note("the coordinator died; starting it again (training goes on)");
                 let listen = self.address.to_string();
                 let arguments = Self::coordinator_arguments(self.plan, &listen);
                 let family = &self.plan.family;
@@ -297,7 +302,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
     let (coordinator, address) = plan.family.server("coordinator.log", &arguments).await?;
     let restarts_left = plan.config.recovery.restarts;
     let mut processes = Processes { plan, coordinator, address, agents: Vec::new(), restarts_left };
-    for node in 0..plan.nodes {
+    for node in 0..plan.nodes.max + plan.spares {
         let child = processes.agent(node)?;
         processes.agents.push(Some(child));
     }
@@ -315,7 +320,12 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
             }
             Ok(()) = updates.changed() => {
                 let status = updates.borrow_and_update().clone();
+                let step = shown.state.step;
                 shown.show(&status, &mut progress);
+                if shown.state.step > step {
+                    // What gets on may be restarted again.
+                    processes.restarts_left = plan.config.recovery.restarts;
+                }
             }
             signal = &mut interrupted, if !stopping => {
                 stopping = true;

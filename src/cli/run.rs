@@ -55,6 +55,31 @@ pub fn absolute(url: &str) -> String {
     std::path::absolute(url).map_or_else(|_| url.to_owned(), |path| path.display().to_string())
 }
 
+/// Workers that the largest run may have.
+const NODES_MAX: u32 = 1024;
+
+/// How many workers a run may have: `N`, or `MIN:MAX`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeRange {
+    /// Below this it waits.
+    pub min: u32,
+    /// More are not taken in.
+    pub max: u32,
+}
+
+impl std::str::FromStr for NodeRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (min, max) = text.split_once(':').unwrap_or((text, text));
+        let number = |text: &str| text.parse::<u32>().ok().filter(|n| (1..=NODES_MAX).contains(n));
+        match (number(min), number(max)) {
+            (Some(min), Some(max)) if min <= max => Ok(Self { min, max }),
+            _ => Err(format!("N or MIN:MAX is wanted, from 1 to {NODES_MAX}")),
+        }
+    }
+}
+
 /// The run's own configuration, as [`prepare`] left it.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::ledger::Recorded;
-use crate::types::{Backend, Generation, NodeId, Rank, WorldSize};
+use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
 /// Time since the coordinator's start; it comes with every event.
 pub type Now = Duration;
@@ -12,10 +12,14 @@ pub type Now = Duration;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Members that a generation needs.
-    pub nodes: u32,
+    pub min: u32,
+    /// Members that it has at most.
+    pub max: u32,
+    /// Members beyond that, which wait to take a place.
+    pub spares: u32,
     /// Which collectives; none: NCCL where every member has a GPU of its own, else Gloo.
     pub backend: Option<Backend>,
-    /// Generations that may be lost before the run gives up.
+    /// Generations that may be lost, without a step that none had taken before, until the run gives up.
     pub restarts: u32,
     /// Longest wait for missing members.
     pub wait: Duration,
@@ -26,8 +30,25 @@ pub struct Limits {
     /// The same later on; three times the longest silence that ended well, if that is more: steps
     /// may be slow.
     pub progress: Duration,
-    /// Longest wait for trainers to leave, when draining or stopping.
+    /// How long those who have lost their group wait for the cause to show.
+    pub grace: Duration,
+    /// Longest wait for trainers to stop.
     pub drain: Duration,
+}
+
+/// A trainer that has outlived a coordinator, or a connection to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Running {
+    /// The generation that it was told to join last.
+    pub generation: Generation,
+    /// Its rank there.
+    pub rank: Rank,
+    /// How many ranks there are.
+    pub world: WorldSize,
+    /// Whether its group is gone.
+    pub stranded: bool,
+    /// Steps done, if it has a state.
+    pub done: Option<Step>,
 }
 
 /// What happens to the coordinator.
@@ -43,6 +64,8 @@ pub enum Event {
         kv_address: String,
         /// GPUs that its trainer could use.
         gpus: u32,
+        /// Its trainer, if it has brought one along.
+        running: Option<Running>,
     },
     /// An agent's stream ended.
     Left {
@@ -56,10 +79,30 @@ pub enum Event {
         /// Which.
         node: NodeId,
     },
-    /// A trainer said something: it is ready, did a step, validated.
+    /// A trainer gets on: it did a step, validated.
     Progressed {
         /// On which node.
         node: NodeId,
+        /// Of which generation.
+        generation: Generation,
+        /// Steps done, if it was by a step.
+        done: Option<Step>,
+    },
+    /// A trainer is prepared, and waits for a generation.
+    TrainerStandby {
+        /// On which node.
+        node: NodeId,
+    },
+    /// A trainer has lost its group; it waits for another with its state.
+    TrainerStranded {
+        /// On which node.
+        node: NodeId,
+        /// Which one it has lost.
+        generation: Generation,
+        /// Steps done, if it has a state.
+        done: Option<Step>,
+        /// What it saw.
+        evidence: String,
     },
     /// A trainer says why it fails; its process ends soon.
     TrainerFailed {
@@ -106,7 +149,7 @@ pub enum Event {
 /// What the shell is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    /// Start a trainer.
+    /// Have a trainer join a generation, and start one if there is none.
     Start {
         /// On this node.
         node: NodeId,
@@ -120,6 +163,27 @@ pub enum Effect {
         kv_address: String,
         /// With these collectives, on their devices.
         backend: Backend,
+    },
+    /// Start a trainer that waits for a generation.
+    Prepare {
+        /// On this node.
+        node: NodeId,
+        /// With these collectives.
+        backend: Backend,
+    },
+    /// Have a trainer leave a generation, and wait with its state.
+    Leave {
+        /// On this node.
+        node: NodeId,
+        /// Which one.
+        generation: Generation,
+    },
+    /// Have a trainer say once more where the ledger has to go on.
+    Attest {
+        /// On this node.
+        node: NodeId,
+        /// Of this generation.
+        generation: Generation,
     },
     /// Kill the trainer of a generation.
     End {

@@ -2,10 +2,12 @@
 //!
 //! `state` is the pure core, `apply(state, now, event) -> effects`; `service` is the gRPC shell
 //! around it, `records` the task beside it that writes the ledger. No tensor type is reachable from here, and a trainer never waits for it inside a
-//! step: it may be slow, or die, without a wrong number.
+//! step: it may be slow, or die, without a wrong number: trainers go on stepping, and the next coordinator adopts them.
 
 pub mod events;
+mod members;
 mod records;
+mod reports;
 pub mod service;
 pub mod state;
 
@@ -13,3 +15,5 @@ pub use records::LedgerPlace;
 
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod state_tests;

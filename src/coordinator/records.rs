@@ -92,7 +92,7 @@ impl Records {
     /// Takes what an event of rank 0 says for the ledger; `false` when the queue is full.
     pub(super) fn note(&self, generation: Generation, event: &TrainerEvent) -> bool {
         let entry = match event {
-            TrainerEvent::Ready { step, ledger: Some(start) } => {
+            TrainerEvent::Ready { step, ledger: Some(start), .. } => {
                 Entry::Ready { generation, step: *step, start: start.clone() }
             }
             TrainerEvent::Step { receipt: Some(receipt), .. } => {
@@ -181,7 +181,11 @@ mod tests {
             },
             carried: Carried::unrecorded(Step(0)),
         };
-        TrainerEvent::Ready { step: Step(0), ledger: Some(attested.to_wire().unwrap()) }
+        TrainerEvent::Ready {
+            step: Step(0),
+            restored: false,
+            ledger: Some(attested.to_wire().unwrap()),
+        }
     }
 
     fn step(step: u64) -> TrainerEvent {

@@ -15,14 +15,15 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::events::{Effect, Event, Limits};
+use super::events::{Effect, Event, Limits, Running};
 use super::records::{self, LedgerPlace, Recording, Records, Told};
+use super::reports::{Said, note, relay};
 use super::state::{Phase, State};
 use crate::ledger::{LedgerError, RECEIPTS_MAX};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use crate::proto::wire::{self, agent_message, order};
-use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, TrainerEvent};
-use crate::types::{Backend, Generation, NodeId};
+use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE};
+use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
 /// Inputs that may wait for the owner task.
 const QUEUE: usize = 1024;
@@ -37,8 +38,6 @@ const MESSAGE_BYTES_MAX: usize = RECEIPTS_MAX * 16 + (4 << 20);
 /// Longest that the end of a run waits for the ledger: after an end in good order, and for a run that
 /// has failed anyway.
 const RECORDING_MAX: [Duration; 2] = [Duration::from_secs(75), Duration::from_secs(5)];
-/// Notes kept in the status that watchers read.
-const NOTES: usize = 200;
 
 /// How the run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +81,7 @@ pub async fn serve(
     ledger: LedgerPlace,
     stop: impl Future<Output = String> + Send + 'static,
 ) -> Result<Outcome, ServiceError> {
-    let wanted = limits.nodes;
+    let wanted = limits.max;
     let epoch = crate::store::unique_id();
     let (records, recording) = records::start(ledger, &epoch).await?;
     let (inputs, queue) = mpsc::channel(QUEUE);
@@ -189,13 +188,8 @@ struct Agent {
     incarnation: String,
     host: String,
     orders: mpsc::Sender<Result<wire::Order, Status>>,
-    last_words: Option<LastWords>,
-}
-
-/// What a trainer said of its own failure, before its process ended.
-struct LastWords {
-    generation: u64,
-    text: String,
+    /// What its trainer has said of its own failure: its process ends soon.
+    last_words: Option<String>,
 }
 
 fn event_of(
@@ -209,11 +203,19 @@ fn event_of(
             let node = NodeId(hello.node);
             let incarnation = hello.incarnation.clone();
             agents.insert(node, Agent { incarnation, host, orders, last_words: None });
+            let running = hello.running.map(|running| Running {
+                generation: Generation(running.generation),
+                rank: Rank(running.rank),
+                world: WorldSize(running.world),
+                stranded: running.stranded,
+                done: running.has_state.then_some(Step(running.step)),
+            });
             Some(Event::Joined {
                 node,
                 incarnation: hello.incarnation,
                 kv_address: hello.kv_address,
                 gpus: hello.gpus,
+                running,
             })
         }
         Input::Left { node, incarnation } => Some(Event::Left { node, incarnation }),
@@ -225,9 +227,8 @@ fn event_of(
             agent_message::Kind::Stop(stop) => Some(Event::StopRequested { reason: stop.reason }),
             agent_message::Kind::Exit(exit) => {
                 let words = agents.get_mut(&node).and_then(|agent| agent.last_words.take());
-                let words = words.filter(|words| words.generation == exit.generation);
                 let evidence = match words {
-                    Some(words) => format!("failed: {}", words.text),
+                    Some(text) => format!("failed: {text}"),
                     None => exit.evidence,
                 };
                 let generation = Generation(exit.generation);
@@ -240,11 +241,23 @@ fn event_of(
                     reason: "more receipts wait for the ledger than there is room for".to_owned(),
                 }),
                 Said::Nothing => Some(Event::Heard { node }),
-                Said::Progress => Some(Event::Progressed { node }),
+                Said::Standby => {
+                    // Another process: what the one before said is not about it.
+                    if let Some(agent) = agents.get_mut(&node) {
+                        agent.last_words = None;
+                    }
+                    Some(Event::TrainerStandby { node })
+                }
+                Said::Stranded { generation, done, evidence } => {
+                    Some(Event::TrainerStranded { node, generation, done, evidence })
+                }
+                Said::Progress { done } => {
+                    let generation = Generation(report.generation);
+                    Some(Event::Progressed { node, generation, done })
+                }
                 Said::LastWords { text, status, curable } => {
                     if let Some(agent) = agents.get_mut(&node) {
-                        let generation = report.generation;
-                        agent.last_words = Some(LastWords { generation, text: text.clone() });
+                        agent.last_words = Some(text.clone());
                     }
                     Some(Event::TrainerFailed {
                         node,
@@ -257,70 +270,6 @@ fn event_of(
             },
         },
     }
-}
-
-/// What a trainer's event means to the run.
-enum Said {
-    /// It lives. Being ready is no progress: the first step may take longest of all.
-    Nothing,
-    /// It gets on.
-    Progress,
-    /// More than the ledger's queue takes.
-    TooMuch,
-    /// Why it fails.
-    LastWords { text: String, status: i32, curable: bool },
-}
-
-/// Puts a trainer's event where watchers see it, and what it says for the ledger there. Step events
-/// are rank 0's only.
-fn relay(
-    report: &wire::TrainerReport,
-    records: &Records,
-    status: &watch::Sender<wire::RunStatus>,
-) -> Said {
-    let event = serde_json::from_str::<TrainerEvent>(&report.event);
-    if let Ok(event) = &event
-        && report.rank == 0
-        && !records.note(Generation(report.generation), event)
-    {
-        return Said::TooMuch;
-    }
-    match event {
-        Ok(TrainerEvent::Step { .. }) if report.rank == 0 => {
-            status.send_modify(|s| s.progress.clone_from(&report.event));
-            Said::Progress
-        }
-        Ok(TrainerEvent::Validation { .. }) if report.rank == 0 => {
-            status.send_modify(|s| s.validation.clone_from(&report.event));
-            Said::Progress
-        }
-        // Other ranks may be done already: the line says what the slowest part is.
-        Ok(TrainerEvent::Busy { .. }) => {
-            status.send_modify(|s| s.progress.clone_from(&report.event));
-            Said::Progress
-        }
-        Ok(TrainerEvent::Ready { step, .. }) if report.rank == 0 && step.0 > 0 => {
-            note(status, format!("resumed at step {step}"));
-            Said::Nothing
-        }
-        Ok(TrainerEvent::Failed { text, status, curable }) => {
-            Said::LastWords { text, status, curable }
-        }
-        Ok(_) => Said::Nothing,
-        Err(error) => {
-            tracing::warn!(rank = report.rank, %error, "unreadable trainer event");
-            Said::Nothing
-        }
-    }
-}
-
-fn note(status: &watch::Sender<wire::RunStatus>, text: String) {
-    tracing::info!("{text}");
-    status.send_modify(|s| {
-        s.notes.push(text);
-        let surplus = s.notes.len().saturating_sub(NOTES);
-        s.notes.drain(..surplus);
-    });
 }
 
 fn execute(
@@ -350,6 +299,15 @@ fn execute(
                 nccl: backend == Backend::Nccl,
             };
             send(node, order::Kind::Start(start));
+        }
+        Effect::Prepare { node, backend } => {
+            send(node, order::Kind::Prepare(wire::Prepare { nccl: backend == Backend::Nccl }));
+        }
+        Effect::Leave { node, generation } => {
+            send(node, order::Kind::Leave(wire::Leave { generation: generation.0 }));
+        }
+        Effect::Attest { node, generation } => {
+            send(node, order::Kind::Attest(wire::Attest { generation: generation.0 }));
         }
         Effect::End { node, generation, reason } => {
             send(node, order::Kind::End(wire::End { generation: generation.0, reason }));
@@ -383,10 +341,12 @@ fn publish(state: &State, end: Option<&Outcome>, status: &watch::Sender<wire::Ru
         s.members = state.members();
         s.generation = state.generation().0;
         match state.phase() {
-            Phase::Gathering { .. } => s.phase = "waiting for workers".to_owned(),
+            Phase::Gathering { recovering: None, .. } => {
+                s.phase = "waiting for workers".to_owned();
+            }
+            Phase::Gathering { .. } | Phase::Adopting { .. } => s.phase = "recovering".to_owned(),
             Phase::Training { stopping: None, .. } => s.phase = "training".to_owned(),
             Phase::Training { .. } => s.phase = "stopping".to_owned(),
-            Phase::Draining { .. } => s.phase = "recovering".to_owned(),
             Phase::Finished { .. } => s.phase = "finished".to_owned(),
         }
         if let Some(Outcome { status, reason }) = end {

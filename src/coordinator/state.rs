@@ -1,30 +1,29 @@
 //! The coordinator's state machine: no clock, randomness, socket or await.
 //!
 //! ```text
-//!              all members here              a member or trainer lost, budget left
-//!  Gathering ───────────────────► Training ──────────────────────────► Draining
-//!      ▲   │                        │    │                                │
-//!      │   │ waited too long, stop  │    │ all trainers left with 0 or 75 │ all trainers gone
-//!      │   ▼                        │    ▼                                │
-//!      │  Finished(75) ◄── no budget┘  Finished(0 | 75)                   │
-//!      └──────────────────────────────────────────────────────────────────┘
+//!                 enough members here            a member or trainer lost, a member more
+//!  Gathering ───────────────────────► Training ─────────────────────────────────► Gathering
+//!   │   │  ▲                            │   ▲    (those who are left keep their state: at once, if enough)
+//!   │   │  └── not all came back ─┐     │   │
+//!   │   └─ agents with trainers ─► Adopting ┘ all ranks are here: nothing was interrupted
+//!   │      of a coordinator        │
+//!   │      that is gone            │ all trainers left with 0 or 75
+//!   ▼                              ▼
+//!  Finished(75): waited too long  Finished(0 | 75), Finished(1): nothing gets on any more
 //! ```
+//!
+//! Who comes is in `state/joins.rs`, what is lost in `state/losses.rs`.
+
+mod joins;
+mod losses;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::events::{Effect, Event, Limits, Now};
-use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
-use crate::types::{Backend, Generation, NodeId, Rank, WorldSize};
-
-/// One agent, as the coordinator knows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Member {
-    incarnation: String,
-    kv_address: String,
-    gpus: u32,
-    last_seen: Now,
-}
+use super::members::{Member, Members, Trainer, choose, most_advanced};
+use crate::proto::{EXIT_RESUMABLE, EXIT_USAGE};
+use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
 /// Where the run stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +32,17 @@ pub enum Phase {
     Gathering {
         /// Since when.
         since: Now,
+        /// Whether a generation has been before this: then whoever is there is enough, from a moment on.
+        recovering: Option<Now>,
+    },
+    /// A generation of an earlier coordinator lives, and its agents come back one by one.
+    Adopting {
+        /// Since when.
+        since: Now,
+        /// How many ranks it has.
+        world: WorldSize,
+        /// Those that are here.
+        ranks: BTreeMap<NodeId, Rank>,
     },
     /// A generation trains.
     Training {
@@ -42,13 +52,6 @@ pub enum Phase {
         left: BTreeMap<NodeId, i32>,
         /// When a stop was asked for.
         stopping: Option<Now>,
-    },
-    /// A generation was lost; its trainers are being ended.
-    Draining {
-        /// Nodes whose trainer has not left yet.
-        waiting_for: BTreeSet<NodeId>,
-        /// Since when.
-        since: Now,
     },
     /// The run has ended.
     Finished {
@@ -63,14 +66,23 @@ pub enum Phase {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
     limits: Limits,
-    members: BTreeMap<NodeId, Member>,
+    members: Members,
     phase: Phase,
     generation: Generation,
-    lost_generations: u32,
+    /// The newest that any trainer has been told of, perhaps by another coordinator.
+    newest: Generation,
+    /// Steps that any generation has done.
+    furthest: Option<Step>,
+    /// Generations lost since then.
+    fruitless: u32,
     stop: Option<String>,
     last_progress: Now,
     /// Longest silence of this generation so far; none before its first sign of progress.
     longest_silence: Option<Duration>,
+    /// Since when a rank says that this generation's group is gone, and what it saw.
+    broken: Option<(Now, String)>,
+    /// Of this generation: those that had a state when it began, and so should have joined quickly.
+    veterans: BTreeSet<NodeId>,
 }
 
 impl State {
@@ -80,12 +92,16 @@ impl State {
         Self {
             limits,
             members: BTreeMap::new(),
-            phase: Phase::Gathering { since: Duration::ZERO },
+            phase: Phase::Gathering { since: Duration::ZERO, recovering: None },
             generation: Generation(0),
-            lost_generations: 0,
+            newest: Generation(0),
+            furthest: None,
+            fruitless: 0,
             stop: None,
             last_progress: Duration::ZERO,
             longest_silence: None,
+            broken: None,
+            veterans: BTreeSet::new(),
         }
     }
 
@@ -111,38 +127,55 @@ impl State {
     pub fn apply(&mut self, now: Now, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
         match event {
-            Event::Joined { node, incarnation, kv_address, gpus } => {
-                let member = Member { incarnation, kv_address, gpus, last_seen: now };
-                self.joined(now, node, member, &mut effects);
+            Event::Joined { node, incarnation, kv_address, gpus, running } => {
+                let trainer = Trainer::of(running.as_ref());
+                let member = Member {
+                    incarnation,
+                    kv_address,
+                    gpus,
+                    last_seen: now,
+                    trainer,
+                    failures: 0,
+                    away: None,
+                };
+                self.joined(now, node, member, running, &mut effects);
             }
             Event::Left { node, incarnation } => {
                 if self.members.get(&node).is_some_and(|m| m.incarnation == incarnation) {
-                    self.lose(now, node, "its connection closed", &mut effects);
+                    self.went_away(now, node, &mut effects);
                 }
             }
-            Event::Progressed { node } => {
-                let silence = now.saturating_sub(self.last_progress);
-                self.longest_silence = Some(self.longest_silence.unwrap_or_default().max(silence));
-                self.last_progress = now;
-                if let Some(member) = self.members.get_mut(&node) {
-                    member.last_seen = now;
+            Event::Progressed { node, generation, done } => {
+                self.heard(now, node);
+                if generation == self.generation {
+                    let silence = now.saturating_sub(self.last_progress);
+                    let longest = self.longest_silence.unwrap_or_default();
+                    self.longest_silence = Some(longest.max(silence));
+                    self.last_progress = now;
+                    // What is done again after all have died proves nothing.
+                    if done > self.furthest {
+                        (self.furthest, self.fruitless) = (done, 0);
+                    }
                 }
             }
-            Event::Heard { node } => {
-                if let Some(member) = self.members.get_mut(&node) {
-                    member.last_seen = now;
-                }
+            Event::Heard { node } => self.heard(now, node),
+            Event::TrainerStandby { node } => {
+                self.heard(now, node);
+                self.trainer_is_there(now, node, &mut effects);
+            }
+            Event::TrainerStranded { node, generation, done, evidence } => {
+                self.heard(now, node);
+                self.stranded(now, node, generation, done, evidence, &mut effects);
             }
             Event::TrainerExited { node, generation, status, evidence } => {
-                if generation == self.generation {
-                    self.trainer_exited(now, node, status, &evidence, &mut effects);
-                }
+                self.trainer_exited(now, node, generation, status, &evidence, &mut effects);
             }
             // Its peers, who will miss it, may leave first: what no restart cures ends the run now.
             // Anything else waits for the end of the process.
             Event::TrainerFailed { node, generation, evidence, status, curable } => {
-                let ended = matches!(self.phase, Phase::Finished { .. } | Phase::Gathering { .. });
-                if generation == self.generation && !curable && !ended {
+                let ended = matches!(self.phase, Phase::Finished { .. });
+                let current = generation == self.generation || generation == Generation(0);
+                if current && !curable && !ended {
                     let reason = format!("the trainer of node {node} failed: {evidence}");
                     self.finish(status, reason, &mut effects);
                 }
@@ -164,181 +197,97 @@ impl State {
             Event::Tick => self.tick(now, &mut effects),
         }
         self.maybe_start(now, &mut effects);
+        self.prepare_idle(&mut effects);
         effects
     }
 
-    fn joined(&mut self, now: Now, node: NodeId, member: Member, effects: &mut Vec<Effect>) {
-        if let Phase::Finished { status, reason } = &self.phase {
-            effects.push(Effect::Finish { status: *status, reason: reason.clone() });
-            return;
+    fn heard(&mut self, now: Now, node: NodeId) {
+        if let Some(member) = self.members.get_mut(&node) {
+            member.last_seen = now;
         }
-        if node.0 >= self.limits.nodes {
-            effects.push(Effect::Note(format!(
-                "node {node} is not wanted: the run has nodes 0 to {}",
-                self.limits.nodes.saturating_sub(1)
-            )));
-            return;
-        }
-        if self.members.contains_key(&node) {
-            self.lose(now, node, "a new agent took its place", effects);
-        }
-        self.members.insert(node, member);
     }
 
-    /// Starts a generation when everyone is here.
+    /// Starts a generation when enough are here.
     fn maybe_start(&mut self, now: Now, effects: &mut Vec<Effect>) {
-        if !matches!(self.phase, Phase::Gathering { .. }) {
-            return;
-        }
+        let Phase::Gathering { since, recovering } = self.phase else { return };
         if let Some(reason) = self.stop.clone() {
-            self.finish(EXIT_RESUMABLE, reason, effects);
+            self.save_and_finish(now, reason, effects);
             return;
         }
-        if self.members() < self.limits.nodes {
-            return;
-        }
-        let Some(backend) = self.choose_backend(effects) else { return };
-        let Some(first) = self.members.values().next() else { return };
+        let waited = now.saturating_sub(since);
+        let recovering = recovering.is_some_and(|from| now >= from);
+        let chosen = choose(&self.members, &self.limits, recovering, waited);
+        let Some(nodes) = chosen else { return };
+        let Some(backend) = self.choose_backend(&nodes, effects) else { return };
+        let Some(first) = nodes.first().and_then(|node| self.members.get(node)) else { return };
         let kv_address = first.kv_address.clone();
-        self.generation = Generation(self.generation.0 + 1);
+        let world = WorldSize(u32::try_from(nodes.len()).unwrap_or(u32::MAX));
+        self.newest = Generation(self.newest.0.max(self.generation.0) + 1);
+        self.generation = self.newest;
         let mut ranks = BTreeMap::new();
-        for (rank, node) in (0..).zip(self.members.keys()) {
-            ranks.insert(*node, Rank(rank));
-            effects.push(Effect::Start {
-                node: *node,
-                generation: self.generation,
-                rank: Rank(rank),
-                world: WorldSize(self.limits.nodes),
-                kv_address: kv_address.clone(),
-                backend,
-            });
-        }
-        for member in self.members.values_mut() {
-            member.last_seen = now;
+        self.veterans.clear();
+        for (rank, node) in (0..).map(Rank).zip(nodes) {
+            let (generation, kv_address) = (self.generation, kv_address.clone());
+            ranks.insert(node, rank);
+            effects.push(Effect::Start { node, generation, rank, world, kv_address, backend });
+            if let Some(member) = self.members.get_mut(&node) {
+                if member.trainer.has_state() {
+                    self.veterans.insert(node);
+                }
+                member.trainer = Trainer::In(generation);
+                member.last_seen = now;
+            }
         }
         self.last_progress = now;
         self.longest_silence = None;
+        self.broken = None;
         self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
     }
 
-    /// The collectives of the next generation; none if the run had to end over it.
-    fn choose_backend(&mut self, effects: &mut Vec<Effect>) -> Option<Backend> {
-        let without = self.members.iter().find(|(_, member)| member.gpus == 0);
-        match (self.limits.backend, without) {
-            (Some(Backend::Nccl), Some((node, _))) => {
-                let reason = format!(
-                    "--backend nccl: node {node} has no GPU of its own that libtorch can use; see `cpcr doctor`"
-                );
-                self.finish(EXIT_USAGE, reason, effects);
-                None
-            }
-            (Some(backend), _) => Some(backend),
-            (None, None) => Some(Backend::Nccl),
-            (None, Some(_)) => {
-                let with = self.members.values().filter(|member| member.gpus > 0).count();
-                if with > 0 {
-                    effects.push(Effect::Note(format!(
-                        "{with} of {} workers have a GPU of their own: training on CPUs with Gloo",
-                        self.members()
-                    )));
-                }
-                Some(Backend::Gloo)
-            }
-        }
-    }
-
-    fn lose(&mut self, now: Now, node: NodeId, why: &str, effects: &mut Vec<Effect>) {
-        self.members.remove(&node);
-        match &mut self.phase {
-            Phase::Training { ranks, left, .. }
-                if ranks.contains_key(&node) && !left.contains_key(&node) =>
-            {
-                self.lose_generation(now, format!("node {node} was lost: {why}"), effects);
-            }
-            Phase::Draining { waiting_for, .. } => {
-                waiting_for.remove(&node);
-            }
-            _ => {}
-        }
-        self.drained(now);
-    }
-
-    fn trainer_exited(
-        &mut self,
-        now: Now,
-        node: NodeId,
-        status: i32,
-        evidence: &str,
-        effects: &mut Vec<Effect>,
-    ) {
-        match &mut self.phase {
-            Phase::Training { ranks, left, .. } => {
-                let Some(rank) = ranks.get(&node).copied() else { return };
-                match status {
-                    EXIT_DONE | EXIT_RESUMABLE => {
-                        left.insert(node, status);
-                        if left.len() == ranks.len() {
-                            let stopped = left.values().any(|&s| s == EXIT_RESUMABLE);
-                            let (status, reason) = if stopped {
-                                (EXIT_RESUMABLE, "stopped after a checkpoint")
-                            } else {
-                                (EXIT_DONE, "complete")
-                            };
-                            self.finish(status, reason.to_owned(), effects);
-                        }
-                    }
-                    EXIT_USAGE => self.finish(EXIT_USAGE, evidence.to_owned(), effects),
-                    _ => {
-                        let why = format!("the trainer of node {node} (rank {rank}) {evidence}");
-                        self.lose_generation(now, why, effects);
-                        if let Phase::Draining { waiting_for, .. } = &mut self.phase {
-                            waiting_for.remove(&node);
-                        }
-                    }
-                }
-            }
-            Phase::Draining { waiting_for, .. } => {
-                waiting_for.remove(&node);
-            }
-            _ => {}
-        }
-        self.drained(now);
-    }
-
-    fn lose_generation(&mut self, now: Now, why: String, effects: &mut Vec<Effect>) {
-        self.lost_generations += 1;
-        let Phase::Training { ranks, left, .. } = &self.phase else { return };
-        let waiting_for: BTreeSet<NodeId> = ranks
-            .keys()
-            .filter(|node| !left.contains_key(node) && self.members.contains_key(node))
-            .copied()
-            .collect();
-        for node in &waiting_for {
-            effects.push(Effect::End {
-                node: *node,
-                generation: self.generation,
-                reason: why.clone(),
-            });
-        }
-        if self.lost_generations > self.limits.restarts {
-            let reason = format!("{why}; {} restarts are used up", self.limits.restarts);
-            self.finish(EXIT_FAILED, reason, effects);
+    /// Has those who are here without a place start a trainer that waits for one.
+    fn prepare_idle(&mut self, effects: &mut Vec<Effect>) {
+        let Phase::Training { ranks, stopping: None, left } = &self.phase else { return };
+        if !left.is_empty() {
             return;
         }
-        effects.push(Effect::Note(format!(
-            "{why}; going on from the last checkpoint (restart {} of {})",
-            self.lost_generations, self.limits.restarts
-        )));
-        self.phase = Phase::Draining { waiting_for, since: now };
+        let all: Vec<NodeId> = ranks.keys().copied().collect();
+        let backend = self.backend_for(&all);
+        for (node, member) in &mut self.members {
+            if member.trainer == Trainer::Absent
+                && !ranks.contains_key(node)
+                && member.failures <= self.limits.restarts
+            {
+                member.trainer = Trainer::Preparing;
+                effects.push(Effect::Prepare { node: *node, backend });
+            }
+        }
     }
 
-    /// Leaves `Draining` once nobody is waited for.
-    fn drained(&mut self, now: Now) {
-        if let Phase::Draining { waiting_for, .. } = &self.phase
-            && waiting_for.is_empty()
-        {
-            self.phase = Phase::Gathering { since: now };
+    /// The collectives of the next generation; none if the run had to end over it.
+    fn choose_backend(&mut self, nodes: &[NodeId], effects: &mut Vec<Effect>) -> Option<Backend> {
+        let gpus = |node: &&NodeId| self.members.get(node).map_or(0, |member| member.gpus);
+        let without = nodes.iter().find(|node| gpus(node) == 0);
+        if let (Some(Backend::Nccl), Some(node)) = (self.limits.backend, without) {
+            let reason = format!(
+                "--backend nccl: node {node} has no GPU of its own that libtorch can use; see `cpcr doctor`"
+            );
+            self.finish(EXIT_USAGE, reason, effects);
+            return None;
         }
+        let with = nodes.iter().filter(|node| gpus(node) > 0).count();
+        if self.limits.backend.is_none() && without.is_some() && with > 0 {
+            effects.push(Effect::Note(format!(
+                "{with} of {} workers have a GPU of their own: training on CPUs with Gloo",
+                nodes.len()
+            )));
+        }
+        Some(self.backend_for(nodes))
+    }
+
+    fn backend_for(&self, nodes: &[NodeId]) -> Backend {
+        let has_gpu = |node| self.members.get(node).is_some_and(|member| member.gpus > 0);
+        let all = nodes.iter().all(has_gpu);
+        self.limits.backend.unwrap_or(if all { Backend::Nccl } else { Backend::Gloo })
     }
 
     fn stop_requested(&mut self, now: Now, reason: String, effects: &mut Vec<Effect>) {
@@ -355,6 +304,19 @@ impl State {
         }
     }
 
+    /// Ends the run without a generation: whoever is the most advanced writes a checkpoint first.
+    fn save_and_finish(&mut self, now: Now, reason: String, effects: &mut Vec<Effect>) {
+        let Some(node) = most_advanced(&self.members) else {
+            self.finish(EXIT_RESUMABLE, reason, effects);
+            return;
+        };
+        self.stop = Some(reason);
+        self.last_progress = now;
+        let ranks = BTreeMap::from([(node, Rank(0))]);
+        self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: Some(now) };
+        effects.push(Effect::CheckpointAndStop { node, generation: self.generation });
+    }
+
     fn tick(&mut self, now: Now, effects: &mut Vec<Effect>) {
         if matches!(self.phase, Phase::Finished { .. }) {
             return;
@@ -368,50 +330,38 @@ impl State {
         for node in silent {
             self.lose(now, node, "no sign of life", effects);
         }
+        let gone: Vec<NodeId> = self.away_for(now, self.limits.grace);
+        for node in gone {
+            self.lose(now, node, "its connection closed", effects);
+        }
+        let last_progress = now.saturating_sub(self.last_progress);
         match &self.phase {
-            Phase::Gathering { since } if now.saturating_sub(*since) > self.limits.wait => {
+            Phase::Gathering { since, .. } if now.saturating_sub(*since) > self.limits.wait => {
                 let reason = format!(
                     "{} of {} workers came within {} s",
                     self.members(),
-                    self.limits.nodes,
+                    self.limits.min,
                     self.limits.wait.as_secs()
                 );
-                self.finish(EXIT_RESUMABLE, reason, effects);
+                self.save_and_finish(now, reason, effects);
             }
-            Phase::Draining { waiting_for, since }
-                if now.saturating_sub(*since) > self.limits.drain =>
+            Phase::Adopting { since, world, ranks }
+                if now.saturating_sub(*since) > self.limits.heartbeat =>
             {
-                for node in waiting_for.clone() {
-                    self.lose(now, node, "its trainer would not end", effects);
-                }
+                let why = format!("{} of {world} workers came back", ranks.len());
+                self.lose_generation(now, why, effects);
             }
             // A step and the last checkpoint take their time: progress earns more of it.
             Phase::Training { stopping: Some(since), .. }
                 if now.saturating_sub(*since) > self.limits.drain
-                    && now.saturating_sub(self.last_progress)
+                    && last_progress
                         > self.limits.drain.max(self.longest_silence.unwrap_or_default() * 2) =>
             {
-                self.finish(
-                    EXIT_RESUMABLE,
-                    "the trainers did not stop in time".to_owned(),
-                    effects,
-                );
+                let reason = "the trainers did not stop in time".to_owned();
+                self.finish(EXIT_RESUMABLE, reason, effects);
             }
-            Phase::Training { .. }
-                if now.saturating_sub(self.last_progress) > self.silence_max() =>
-            {
-                let why = format!("no progress for {} s", self.silence_max().as_secs());
-                self.lose_generation(now, why, effects);
-            }
+            Phase::Training { stopping: None, .. } => self.tick_training(now, effects),
             _ => {}
-        }
-    }
-
-    /// How long this generation's trainers may be silent.
-    fn silence_max(&self) -> Duration {
-        match self.longest_silence {
-            None => self.limits.start,
-            Some(longest) => self.limits.progress.max(longest * 3),
         }
     }
 

@@ -26,21 +26,12 @@ pub const EXIT_USAGE: i32 = 2;
 /// Exit status: interrupted, the same command goes on from the last checkpoint.
 pub const EXIT_RESUMABLE: i32 = 75;
 
-/// What an agent tells a trainer at its start (one argument, JSON).
+/// What an agent tells a trainer at its start (one argument, JSON). With whom it trains comes later, by
+/// [`TrainerOrder::Join`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Assignment {
-    /// The generation this trainer belongs to.
-    pub generation: Generation,
-    /// Fresh with every start of a coordinator, whose generations count from 1 again.
-    pub epoch: String,
-    /// Its rank.
-    pub rank: Rank,
-    /// How many ranks there are.
-    pub world: WorldSize,
     /// Its collectives, and whether it trains on the CPU or on the first GPU that it sees.
     pub backend: Backend,
-    /// The key-value service that hosts this generation's c10d store.
-    pub kv_address: SocketAddr,
     /// The interface that collectives use.
     pub interface: IpAddr,
     /// The run's folder in its object store; `config.toml` is read from there.
@@ -49,14 +40,44 @@ pub struct Assignment {
     pub threads: u32,
 }
 
+/// A trainer's place in a generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// The generation.
+    pub generation: Generation,
+    /// Fresh with every start of a coordinator, whose generations may count from 1 again.
+    pub epoch: String,
+    /// Its rank.
+    pub rank: Rank,
+    /// How many ranks there are.
+    pub world: WorldSize,
+    /// The key-value service that hosts this generation's c10d store.
+    pub kv_address: SocketAddr,
+}
+
+impl Membership {
+    /// What the names of this generation's keys begin with, in whichever service.
+    #[must_use]
+    pub fn key_prefix(epoch: &str, generation: Generation) -> String {
+        format!("{epoch}/generation-{generation}/")
+    }
+}
+
 /// What a trainer tells its agent (stdout, one JSON object a line).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum TrainerEvent {
-    /// State is loaded and the group has formed; training goes on from `step`.
+    /// It is prepared, and waits for a generation.
+    Standby,
+    /// It lives: said every second, by a thread of its own, whatever else the trainer is at.
+    Alive,
+    /// The group has formed and agreed on the state; training goes on from `step`.
     Ready {
         /// Steps done before.
         step: Step,
+        /// Whether the state is a checkpoint's, for nobody had a newer one in memory.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        restored: bool,
         /// Rank 0's: what the ledger needs to know of this start.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ledger: Option<LedgerStart>,
@@ -76,6 +97,16 @@ pub enum TrainerEvent {
         /// Which unlabelled samples it was, for the ledger.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         receipt: Option<Receipt>,
+    },
+    /// Its group is gone. It keeps its state, and waits for the next generation.
+    Stranded {
+        /// The generation that is over for it.
+        generation: Generation,
+        /// Steps done, if it has a state.
+        #[serde(default)]
+        done: Option<Step>,
+        /// What it saw.
+        text: String,
     },
     /// It does something else than stepping, and gets on with it.
     Busy {
@@ -129,6 +160,15 @@ pub enum Doing {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "snake_case")]
 pub enum TrainerOrder {
+    /// Join a generation; leave the one before, if there is one.
+    Join(Membership),
+    /// Leave a generation and wait for the next.
+    Leave {
+        /// Which; another one is not left.
+        generation: Generation,
+    },
+    /// Say once more where the ledger has to go on: a coordinator has adopted the generation.
+    Attest,
     /// Write a checkpoint after the step in flight, then exit 75.
     CheckpointAndStop,
     /// The ledger holds all steps before this one: their receipts need not be kept.

@@ -123,6 +123,22 @@ impl TrainerError {
         }
     }
 
+    /// Whether this is how the loss of a peer shows, or an order to leave the group: then the state is sound, and
+    /// another generation can be joined with it. What is not recognised costs a new process, no step.
+    #[must_use]
+    pub fn is_lost_peer(&self) -> bool {
+        match self {
+            Self::Collective(error) => error.ends_generation(),
+            Self::Op(_) | Self::Torch(_) | Self::Model(_) | Self::Method(_) => {
+                // libtorch appends its C++ stack; the first line is the message.
+                let text = self.to_string();
+                let message = text.split("\nException raised from").next().unwrap_or_default();
+                CollectiveError::of_message(message.to_owned()).ends_generation()
+            }
+            _ => false,
+        }
+    }
+
     /// The process's exit status.
     #[must_use]
     pub fn exit_status(&self) -> i32 {

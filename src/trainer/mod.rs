@@ -8,6 +8,7 @@ mod error;
 mod evaluate;
 mod export;
 mod files;
+mod join;
 mod methods;
 mod orders;
 mod persist;
@@ -28,7 +29,7 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 use crate::bridge::ops;
-use crate::data::{Batch, DealSpec};
+use crate::data::{Batch, DealSpec, Loader};
 use crate::eval::report::{Record, StepRecord};
 use crate::ledger::Part;
 use crate::loss::{Counts, StepLoss};
@@ -38,11 +39,11 @@ use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::store::ReadFaults;
 use crate::telemetry::{Guard, Phase, StepTrace};
 use crate::types::{Step, WorldSize};
-use orders::Orders;
+use orders::{Next, Orders};
 use ranks::Tail;
 use setup::Trainer;
 
-/// Trains until the run is complete (0) or a stop was ordered (75).
+/// Trains, in one generation after the other, until the run is complete (0) or a stop was ordered (75).
 ///
 /// # Errors
 /// [`TrainerError`]; what can be done about it is its variant.
@@ -50,12 +51,38 @@ pub fn run(assignment: &Assignment, telemetry: &Guard) -> Result<i32, TrainerErr
     let orders = Orders::listen();
     // Said before anything is tidied up: that takes its time, and peers are already waiting.
     let mut t = Trainer::prepare(assignment).inspect_err(say_why)?;
-    let status = train(&mut t, &orders, telemetry).inspect_err(say_why);
+    emit(&TrainerEvent::Standby);
+    let status = live(&mut t, &orders, telemetry).inspect_err(say_why);
     if let Some(counts) = t.dataset.cache_counts() {
         tracing::info!(%counts, "block cache");
     }
     log_read_faults(&t.dataset.read_faults());
     status
+}
+
+/// From generation to generation: the loss of a peer costs the step in flight, and no process.
+fn live(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, TrainerError> {
+    loop {
+        let membership = match orders.next() {
+            Next::Join(membership) => membership,
+            Next::Stop => {
+                persist::checkpoint_alone(t)?;
+                return Ok(EXIT_RESUMABLE);
+            }
+        };
+        let trained =
+            t.join(&membership, orders).and_then(|restored| train(t, restored, orders, telemetry));
+        match trained {
+            Err(error) if error.is_lost_peer() => {
+                let (generation, step) = (membership.generation, t.step);
+                tracing::warn!(%generation, %step, %error, "the group is gone");
+                t.leave(orders)?;
+                let done = t.live.then_some(step);
+                emit(&TrainerEvent::Stranded { generation, done, text: error.to_string() });
+            }
+            ended => return ended,
+        }
+    }
 }
 
 /// Said once, and only if there is something to say: a run that lives on second requests.
@@ -84,24 +111,41 @@ fn say_why(error: &TrainerError) {
 }
 
 /// The training loop.
-fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, TrainerError> {
-    emit(&TrainerEvent::Ready { step: t.step, ledger: t.attestation()? });
+fn train(
+    t: &mut Trainer,
+    restored: bool,
+    orders: &Orders,
+    telemetry: &Guard,
+) -> Result<i32, TrainerError> {
+    emit(&TrainerEvent::Ready { step: t.step, restored, ledger: t.attestation()? });
+    // What the generation before did not get to.
+    if t.validation_due {
+        validate::validate(t)?;
+    }
+    if t.checkpoints_here() && !restored && t.submitted != Some(t.step) {
+        persist::checkpoint(t)?;
+    }
 
     while t.step < t.total {
+        orders.still_in()?;
+        if orders.attest_wanted() {
+            emit(&TrainerEvent::Ready { step: t.step, restored: false, ledger: t.attestation()? });
+        }
         let started = Instant::now();
         let mut trace = StepTrace::begin(telemetry.span(), t.step, t.rank);
-        let Some(batch) = trace.phase(Phase::DataWait, || t.loader.next())? else { break };
+        let next = trace.phase(Phase::DataWait, || t.loader.as_mut().map(Loader::next));
+        let Some(batch) = next.transpose()?.flatten() else { break };
         t.reduce_over(t.method.heads(t.step.0))?;
 
         let (images, labels) = tensors(&batch, t.patch, t.device)?;
         let samples: Vec<u64> = batch.draws.iter().map(|draw| draw.sample).collect();
-        let counts = counts(t.loader.deal().spec(), t.world);
+        let counts = counts(t.loader()?.deal().spec(), t.world);
         let input = t.input(&images, &labels, &samples, counts);
         let mut passes = trace.phase(Phase::Forward, || t.method.forward(&t.nets, &input))?;
         let loss = trace.phase(Phase::Loss, || t.method.loss(&passes, &input))?;
         // Loss terms, what was fed and votes travel while the gradients do.
         let fed =
-            Part::of(batch.step, &t.loader.share().unlabelled, &batch.draws[batch.n_labelled..]);
+            Part::of(batch.step, &t.loader()?.share().unlabelled, &batch.draws[batch.n_labelled..]);
         let tail = Tail::start(&loss, fed, orders.stop_wanted(), &t.ranks)?;
         trace.phase(Phase::Backward, || t.backward(&loss))?;
         let tail = trace.phase(Phase::AllReduceWait, || tail.wait())?;
@@ -116,11 +160,10 @@ fn train(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, Tra
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = started.elapsed().as_secs_f64().max(1e-9);
         report(t, &loss, &tail, &counts, took, waited / took)?;
-        if t.step.0.is_multiple_of(t.config.validate.every) || t.step == t.total {
+        if t.validates_here() {
             validate::validate(t)?;
         }
-        let due = t.step.0.is_multiple_of(t.config.checkpoint.every) || t.step == t.total;
-        if due || tail.stop {
+        if t.checkpoints_here() || tail.stop {
             trace.phase(Phase::CheckpointHold, || persist::checkpoint(t))?;
         }
         if tail.stop && t.step < t.total {
@@ -166,8 +209,11 @@ impl Trainer {
 
     /// Commits the step: parameters, momentum, running statistics and the teacher change here and nowhere else.
     fn apply(&mut self, statistics: Vec<Statistics>) -> Result<(), TrainerError> {
+        // An error on the way leaves something between two steps: nobody is to go on from that.
+        (self.live, self.pristine) = (false, false);
         self.nets.step(methods::learning_rate(&self.config, self.step), statistics)?;
         self.nets.follow(self.method.teacher_decay(self.step.0))?;
+        self.live = true;
         self.clear_gradients()
     }
 }
@@ -218,19 +264,19 @@ fn report(
     if !total.is_finite() {
         return Err(TrainerError::Diverged { step: t.step, total });
     }
-    if t.rank.0 != 0 {
-        return Ok(());
-    }
     let images_per_s = counts.samples as f64 / took_s;
     let done = Step(t.step.0 - 1);
-    emit(&TrainerEvent::Step {
-        step: t.step,
-        total: t.total,
-        terms: terms.clone(),
-        images_per_s,
-        data_wait,
-        receipt: Some(tail.fed.receipt(done)),
-    });
+    if t.rank.0 == 0 {
+        emit(&TrainerEvent::Step {
+            step: t.step,
+            total: t.total,
+            terms: terms.clone(),
+            images_per_s,
+            data_wait,
+            receipt: Some(tail.fed.receipt(done)),
+        });
+    }
+    // Every rank remembers: any of them may be rank 0 next.
     if t.step.0.is_multiple_of(t.record_every) || t.step == Step(1) || t.step == t.total {
         t.history.push(Record::Step(StepRecord {
             step: t.step.0,

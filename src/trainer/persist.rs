@@ -6,32 +6,25 @@ use safetensors::Dtype;
 use serde_json::json;
 
 use super::TrainerError;
-use super::setup::Trainer;
+use super::setup::{self, Trainer};
 use super::validate;
 use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
 use crate::eval::report::{self, Record, ReportInputs, RunHistory};
 use crate::ledger::{self, Carried, Receipts};
 use crate::model::{Ensemble, HostTensor, ModelError, main_state};
 use crate::store::{Store, StoreError, StoreOptions};
-use crate::types::Step;
+use crate::types::{Rank, Step};
 
 /// Hands a copy of the state to the writer; the upload runs beside training. Rank 0 only: every
 /// rank has the same weights, and rank 0's running statistics are the run's.
-pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
-    let Some(writer) = &t.writer else { return Ok(()) };
-    let mut lines = Vec::new();
-    let records = (t.history.steps.iter().cloned().map(Record::Step))
-        .chain(t.history.validations.iter().cloned().map(Record::Validation))
-        .chain(t.history.events.iter().cloned().map(Record::Event));
-    for record in records {
-        let line = record.to_line().map_err(|e| TrainerError::Report(e.to_string()))?;
-        lines.extend_from_slice(&line);
-    }
+pub fn checkpoint(t: &mut Trainer) -> Result<(), TrainerError> {
+    let Some(writer) = t.writer.as_ref().filter(|_| t.rank.0 == 0) else { return Ok(()) };
+    let lines = history_lines(&t.history)?;
     let batch = &t.config.batch;
-    Ok(writer.submit(Snapshot {
+    writer.submit(Snapshot {
         step: t.step,
         world_size: t.world,
-        threads: t.threads,
+        threads: t.assignment.threads,
         position: Position {
             labelled: t.step.0 * u64::from(batch.labelled),
             unlabelled: t.step.0 * u64::from(t.config.unlabelled_batch()),
@@ -43,7 +36,35 @@ pub fn checkpoint(t: &Trainer) -> Result<(), TrainerError> {
             ledger::STATE_KEY: t.receipts.carried(),
         })),
         best: t.history.best().map(|best| Step(best.step)),
-    })?)
+    })?;
+    t.submitted = Some(t.step);
+    Ok(())
+}
+
+/// A checkpoint by a trainer that belongs to no generation any more, if it has anything to keep.
+pub fn checkpoint_alone(t: &mut Trainer) -> Result<(), TrainerError> {
+    if !t.live || t.step == Step(0) {
+        return Ok(());
+    }
+    if t.writer.is_none() {
+        t.writer = Some(setup::start_writer(t)?);
+    }
+    t.rank = Rank(0);
+    checkpoint(t)?;
+    t.flush()
+}
+
+/// A history as it is kept in checkpoints.
+pub(super) fn history_lines(history: &RunHistory) -> Result<Vec<u8>, TrainerError> {
+    let mut lines = Vec::new();
+    let records = (history.steps.iter().cloned().map(Record::Step))
+        .chain(history.validations.iter().cloned().map(Record::Validation))
+        .chain(history.events.iter().cloned().map(Record::Event));
+    for record in records {
+        let line = record.to_line().map_err(|e| TrainerError::Report(e.to_string()))?;
+        lines.extend_from_slice(&line);
+    }
+    Ok(lines)
 }
 
 /// Puts a checkpoint's state in force; the result are the receipts that it carries.
@@ -96,8 +117,8 @@ pub fn final_report(t: &mut Trainer) -> Result<(), TrainerError> {
     let names = validate::class_names(t);
     let environment = [
         ("workers".to_owned(), t.world.to_string()),
-        ("threads per worker".to_owned(), t.threads.to_string()),
-        ("backend".to_owned(), t.backend.to_string()),
+        ("threads per worker".to_owned(), t.assignment.threads.to_string()),
+        ("backend".to_owned(), t.assignment.backend.to_string()),
         ("cpcr".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ];
     let files = report::render(&ReportInputs {

@@ -47,6 +47,22 @@ impl Ranks {
         }
     }
 
+    /// The bytes of rank `from`, which alone has any, on every rank.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn bytes_from(&self, from: Rank, bytes: Option<Vec<u8>>) -> Result<Vec<u8>, TrainerError> {
+        let Some(group) = &self.host else { return Ok(bytes.unwrap_or_default()) };
+        let length = Tensor::f_from_slice(&[bytes.as_ref().map_or(0, Vec::len) as i64])?;
+        group.broadcast(&length, from)?;
+        let buffer = match bytes {
+            Some(bytes) => Tensor::f_from_slice(&bytes)?,
+            None => Tensor::f_zeros([length.f_int64_value(&[0])?], (Kind::Uint8, Device::Cpu))?,
+        };
+        group.broadcast(&buffer, from)?;
+        Ok(Vec::<u8>::try_from(&buffer)?)
+    }
+
     /// Every rank's bytes, in rank order.
     ///
     /// # Errors

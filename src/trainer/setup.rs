@@ -1,27 +1,26 @@
-//! From an assignment to a trainer that is ready for its next step.
+//! From an assignment to a trainer that waits for its generation.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tch::Device;
 use tokio::runtime::Runtime;
 
-use super::methods::{self, check_share};
+use super::methods;
 use super::ranks::Ranks;
 use super::{TrainerError, device};
 use crate::bridge::ops::SumOverRanks;
-use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions, load_latest};
-use crate::collective::{ProcessGroup, Reducer, Rendezvous};
+use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions};
+use crate::collective::{ProcessGroup, Reducer};
 use crate::config::{self, ConfigSource, RunConfig};
-use crate::data::{Dataset, Loader, LoaderPlan};
+use crate::data::{DataError, Dataset, Loader, LoaderPlan};
 use crate::eval::Summary;
-use crate::eval::report::{Record, RunEvent, RunHistory};
-use crate::ledger::{Attestation, Receipts};
+use crate::eval::report::RunHistory;
+use crate::ledger::Receipts;
 use crate::method::Method;
 use crate::model::{Ensemble, Heads, Sgd};
-use crate::proto::{Assignment, Doing, LedgerStart, TrainerEvent};
+use crate::proto::{Assignment, Doing, TrainerEvent};
 use crate::store::{BlockCache, Store, StoreOptions};
-use crate::types::{Backend, Rank, Step, WorldSize};
+use crate::types::{Rank, Step, WorldSize};
 
 /// Size of a gradient bucket. The network has 10 MB of gradients: several buckets, so that their
 /// communication hides behind the backward pass.
@@ -29,42 +28,52 @@ const BUCKET_BYTES: usize = 2 << 20;
 /// Step records that a history keeps at most.
 const RECORDS_MAX: u64 = 2000;
 
-/// Everything that the loop works with.
+/// Everything that the loop works with. What outlives a generation is the state (networks, optimisers, step, receipts,
+/// history) and what is opened once; the rest comes with [`Trainer::join`] and goes with [`Trainer::leave`].
 pub struct Trainer {
     pub(super) config: RunConfig,
-    pub(super) rank: Rank,
-    pub(super) world: WorldSize,
-    pub(super) threads: u32,
+    pub(super) assignment: Assignment,
     pub(super) seed: u64,
     pub(super) patch: (usize, usize),
-    pub(super) backend: Backend,
     pub(super) device: Device,
-    pub(super) step: Step,
     pub(super) total: Step,
     pub(super) record_every: u64,
     pub(super) method: Box<dyn Method>,
-    pub(super) nets: Ensemble,
-    pub(super) loader: Loader,
     pub(super) dataset: Dataset,
+    pub(super) run: Store,
+
+    /// Whether the state below is whole: that of `step`, agreed on by a generation.
+    pub(super) live: bool,
+    /// Whether the networks are as they were drawn.
+    pub(super) pristine: bool,
+    pub(super) step: Step,
+    pub(super) nets: Ensemble,
     /// Of steps that the ledger is not known to hold.
     pub(super) receipts: Receipts,
     pub(super) history: RunHistory,
-    pub(super) summary: Option<Summary>,
-    pub(super) run: Store,
+    /// The newest checkpoint that this process has handed to its writer.
+    pub(super) submitted: Option<Step>,
     pub(super) writer: Option<Writer>,
+
+    pub(super) rank: Rank,
+    pub(super) world: WorldSize,
+    /// Whether the generation before did not get to this step's validation.
+    pub(super) validation_due: bool,
+    pub(super) summary: Option<Summary>,
+    pub(super) loader: Option<Loader>,
     pub(super) ranks: Arc<Ranks>,
     /// Sums batch-norm statistics over the ranks; none where each rank has its own.
     pub(super) sync: Option<Arc<dyn SumOverRanks>>,
     /// The group that gradients travel on; `None` for one rank.
     pub(super) gradients: Option<ProcessGroup>,
     pub(super) reducer: Option<Reducer>,
-    reduced: Option<Heads>,
+    pub(super) reduced: Option<Heads>,
     // Last, so that it outlives everything that does I/O on it.
     pub(super) runtime: Runtime,
 }
 
 impl Trainer {
-    /// Reads the run, forms the group, restores the newest checkpoint.
+    /// Reads the run, opens the dataset, draws the networks.
     pub(super) fn prepare(assignment: &Assignment) -> Result<Self, TrainerError> {
         tch::set_num_threads(i32::try_from(assignment.threads).unwrap_or(1));
         tch::set_num_interop_threads(1);
@@ -75,61 +84,39 @@ impl Trainer {
         let text = String::from_utf8_lossy(&text).into_owned();
         let config = config::load(&ConfigSource::Text(text), &[])?;
         let dataset = open_dataset(&config)?;
-        let checkpoint = runtime.block_on(load_latest(&run))?;
-
         let device = device::open(assignment.backend, config.train.precision)?;
-        let mut nets = ensemble(&config, &dataset, device)?;
-        let mut history = RunHistory::default();
-        let mut receipts = Receipts::new();
-        let mut step = Step(0);
-        if let Some(checkpoint) = checkpoint {
-            step = checkpoint.manifest.step;
-            check_identity(&checkpoint.manifest, &config, &dataset)?;
-            receipts = super::persist::restore(&checkpoint, &mut nets, &mut history)?;
-            let world = assignment.world.0;
-            history.push(Record::Event(RunEvent::Resumed { step: step.0, world }));
-        } else if let Some(url) = &config.train.init_from {
-            let state = super::persist::given_weights(&runtime, url)?;
-            nets.start_from(&state).map_err(|e| TrainerError::InitialWeights {
-                url: url.clone(),
-                reason: e.to_string(),
-            })?;
-        }
+        let nets = ensemble(&config, &dataset, device)?;
         let total = Step(config.train.iterations);
-        let loader = Loader::start(dataset.clone(), loader_plan(&config, assignment, step, total))?;
-        let method = methods::method(&config, loader.deal().labelled_epoch_steps());
-        check_share(&config, loader.share())?;
-        let writer = match assignment.rank {
-            Rank(0) => Some(start_writer(&runtime, &run, &config, &dataset)?),
-            _ => None,
-        };
-        let (gradients, ranks) = groups(assignment, &config, device)?;
-        let ranks = Arc::new(ranks);
+        // The labelled stream is the same for all worlds.
+        let deal = loader_plan(&config, Rank(0), WorldSize(1), Step(0), total).deal(&dataset)?;
+        let method = methods::method(&config, deal.labelled_epoch_steps());
         let patch = config.patch_size as usize;
         Ok(Self {
-            rank: assignment.rank,
-            world: assignment.world,
-            threads: assignment.threads,
+            assignment: assignment.clone(),
             seed: config.train.seed,
             patch: (patch, patch),
-            backend: assignment.backend,
             device,
-            step,
             total,
             record_every: (total.0 / RECORDS_MAX).max(1),
             method,
-            nets,
-            loader,
             dataset,
-            receipts,
-            history,
-            summary: None,
             run,
-            writer,
-            sync: (config.model.sync_batch_norm && assignment.world.0 > 1)
-                .then(|| Arc::clone(&ranks) as Arc<dyn SumOverRanks>),
-            ranks,
-            gradients,
+            live: false,
+            pristine: true,
+            step: Step(0),
+            nets,
+            receipts: Receipts::new(),
+            history: RunHistory::default(),
+            submitted: None,
+            writer: None,
+            rank: Rank(0),
+            world: WorldSize(1),
+            validation_due: false,
+            summary: None,
+            loader: None,
+            ranks: Arc::default(),
+            sync: None,
+            gradients: None,
             reducer: None,
             reduced: None,
             config,
@@ -137,18 +124,21 @@ impl Trainer {
         })
     }
 
-    /// What the ledger needs to know of this start; rank 0 says it.
-    pub(super) fn attestation(&self) -> Result<Option<LedgerStart>, TrainerError> {
-        if self.rank != Rank(0) {
-            return Ok(None);
-        }
-        let attested = Attestation {
-            world: self.world,
-            dataset_sha256: self.dataset.digest().sha256.clone(),
-            deal: self.loader.deal().spec().clone(),
-            carried: self.receipts.carried(),
-        };
-        Ok(Some(attested.to_wire()?))
+    /// The generation's loader.
+    pub(super) fn loader(&self) -> Result<&Loader, TrainerError> {
+        self.loader.as_ref().ok_or(TrainerError::Data(DataError::Stopped))
+    }
+
+    /// Whether a validation belongs to the step that was done last.
+    pub(super) fn validates_here(&self) -> bool {
+        let at = self.step.0;
+        at > 0 && (at.is_multiple_of(self.config.validate.every) || self.step == self.total)
+    }
+
+    /// Whether a checkpoint belongs to the step that was done last.
+    pub(super) fn checkpoints_here(&self) -> bool {
+        let at = self.step.0;
+        at > 0 && (at.is_multiple_of(self.config.checkpoint.every) || self.step == self.total)
     }
 
     /// Has gradients averaged over the ranks for just the parameters that get one with `heads`.
@@ -191,7 +181,7 @@ fn open_dataset(config: &RunConfig) -> Result<Dataset, TrainerError> {
 }
 
 /// Fresh networks and optimisers of the configured method.
-fn ensemble(
+pub(super) fn ensemble(
     config: &RunConfig,
     dataset: &Dataset,
     device: Device,
@@ -204,7 +194,7 @@ fn ensemble(
 }
 
 /// Refuses a checkpoint of another configuration or dataset.
-fn check_identity(
+pub(super) fn check_identity(
     manifest: &crate::checkpoint::Manifest,
     config: &RunConfig,
     dataset: &Dataset,
@@ -219,12 +209,18 @@ fn check_identity(
     Ok(())
 }
 
-fn loader_plan(config: &RunConfig, a: &Assignment, start: Step, end: Step) -> LoaderPlan {
+pub(super) fn loader_plan(
+    config: &RunConfig,
+    rank: Rank,
+    world: WorldSize,
+    start: Step,
+    end: Step,
+) -> LoaderPlan {
     let patch = config.patch_size as usize;
     LoaderPlan {
         seed: config.train.seed,
-        rank: a.rank,
-        world: a.world,
+        rank,
+        world,
         start,
         end,
         batch_labelled: config.batch.labelled,
@@ -239,47 +235,12 @@ fn loader_plan(config: &RunConfig, a: &Assignment, start: Step, end: Step) -> Lo
     }
 }
 
-fn start_writer(
-    runtime: &Runtime,
-    run: &Store,
-    config: &RunConfig,
-    dataset: &Dataset,
-) -> Result<Writer, TrainerError> {
+pub(super) fn start_writer(t: &Trainer) -> Result<Writer, TrainerError> {
     let identity = RunIdentity {
-        config_sha256: config.identity(),
-        dataset_sha256: dataset.digest().sha256.clone(),
+        config_sha256: t.config.identity(),
+        dataset_sha256: t.dataset.digest().sha256.clone(),
     };
-    let retention = Some(Retention { keep_last: config.checkpoint.keep_last as usize });
+    let retention = Some(Retention { keep_last: t.config.checkpoint.keep_last as usize });
     let options = WriterOptions { identity, retention };
-    Ok(Writer::start(runtime.handle().clone(), run.clone(), options)?)
-}
-
-/// The gradients' group, and those for everything else; none for one rank.
-fn groups(
-    a: &Assignment,
-    config: &RunConfig,
-    device: Device,
-) -> Result<(Option<ProcessGroup>, Ranks), TrainerError> {
-    if a.world.0 == 1 {
-        return Ok((None, Ranks::default()));
-    }
-    let meet = |purpose: &str| Rendezvous {
-        store_addr: a.kv_address,
-        prefix: format!("{}/generation-{}/{purpose}", a.epoch, a.generation),
-        rank: a.rank,
-        world: a.world,
-        timeout: Duration::from_secs(config.recovery.collective_timeout_s),
-        interface: a.interface,
-    };
-    let on_device = |purpose: &str| match a.backend {
-        Backend::Gloo => ProcessGroup::gloo(&meet(purpose)),
-        Backend::Nccl => ProcessGroup::nccl(&meet(purpose), device),
-    };
-    let gradients = on_device("gradients")?;
-    let host = Some(ProcessGroup::gloo(&meet("side"))?);
-    let device = match a.backend {
-        Backend::Gloo => None,
-        Backend::Nccl => Some(on_device("side-device")?),
-    };
-    Ok((Some(gradients), Ranks { host, device }))
+    Ok(Writer::start(t.runtime.handle().clone(), t.run.clone(), options)?)
 }

@@ -1,24 +1,31 @@
 //! The agent's loop: select, then one small reaction.
+//!
+//! The trainer outlives generations, and the connection to the coordinator too: while no coordinator is
+//! there it goes on stepping, and the next one is told of it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
 use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
-use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, TrainerOrder};
+use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
 use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
-/// How often an agent gives a sign of life.
+/// How often an agent gives a sign of life, and looks for its trainer's.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Messages that may wait for the coordinator.
 const QUEUE: usize = 256;
 /// Pause between two tries to reach the coordinator.
 const RETRY: Duration = Duration::from_millis(200);
+/// A connection over which nothing comes back for so long, though asked, is none.
+const ANSWER_MAX: Duration = Duration::from_secs(4);
 
 /// What an agent needs to know.
 #[derive(Debug, Clone)]
@@ -35,8 +42,11 @@ pub struct AgentOptions {
     pub gpus: u32,
     /// How the trainer is started.
     pub child: ChildOptions,
-    /// How long a coordinator may be out of reach before the agent gives up (75).
+    /// How long a coordinator may be out of reach before the agent gives up (75). A trainer that goes on stepping
+    /// is not given up.
     pub patience: Duration,
+    /// How long a trainer may be without its pulse: then it is frozen, and killed.
+    pub silence: Duration,
 }
 
 /// How one connection to the coordinator ended.
@@ -46,6 +56,8 @@ enum Ended {
     /// The connection is gone; the coordinator may come back.
     Connection,
 }
+
+type Client = CoordinatorClient<Channel>;
 
 /// Serves one node until the run ends; the result is the exit status.
 ///
@@ -59,52 +71,42 @@ pub async fn run_agent(
 ) -> std::io::Result<i32> {
     tokio::pin!(stop);
     // Its name may not resolve before it is there, and then no route to it is known either.
-    let Some(client) = reach(options).await else { return Ok(EXIT_RESUMABLE) };
-    let mut connected = Some(client);
+    let reached = tokio::time::timeout(options.patience, connect(&options.coordinator)).await;
+    let Ok(client) = reached else { return Ok(given_up(options)) };
     let interface = interface_towards(&options.coordinator).await;
     let kv = KvServer::bind(SocketAddr::new(interface, 0)).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
-    let mut stopping = None;
+    let mut agent =
+        Agent { options, incarnation, interface, kv, trainer: None, met: None, stopping: None };
+    let mut client = Some(client);
     loop {
-        let client = match connected.take() {
+        let connected = match client.take() {
             Some(client) => client,
-            None => match reach(options).await {
-                Some(client) => client,
-                None => return Ok(EXIT_RESUMABLE),
+            None => match agent.reach(&mut stop).await {
+                Ok(client) => client,
+                Err(status) => return Ok(status),
             },
         };
-        let hello = wire::Hello {
-            node: options.node.0,
-            incarnation: incarnation.clone(),
-            kv_address: kv.local_addr().to_string(),
-            gpus: options.gpus,
-        };
-        match session(options, client, hello, interface, &mut stopping, &mut stop).await {
+        match agent.session(connected, &mut stop).await {
             Ended::Run(status) => return Ok(status),
-            Ended::Connection if stopping.is_some() => return Ok(EXIT_RESUMABLE),
             Ended::Connection => tracing::warn!("lost the coordinator; looking for it"),
         }
     }
 }
 
-/// A connection to the coordinator; none if it is out of reach for too long.
-async fn reach(options: &AgentOptions) -> Option<CoordinatorClient<tonic::transport::Channel>> {
-    let connected = tokio::time::timeout(options.patience, connect(&options.coordinator)).await;
-    if connected.is_err() {
-        tracing::error!(
-            "the coordinator at {} has been out of reach for {} s",
-            options.coordinator,
-            options.patience.as_secs()
-        );
-    }
-    connected.ok()
-}
-
 /// Tries until the coordinator answers; the caller bounds it.
-async fn connect(address: &str) -> CoordinatorClient<tonic::transport::Channel> {
+async fn connect(address: &str) -> Client {
     loop {
-        match CoordinatorClient::connect(format!("http://{address}")).await {
-            Ok(client) => return client,
+        let connected = async {
+            let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+                .connect_timeout(ANSWER_MAX)
+                .http2_keep_alive_interval(ANSWER_MAX / 2)
+                .keep_alive_timeout(ANSWER_MAX)
+                .tcp_nodelay(true);
+            endpoint.connect().await
+        };
+        match connected.await {
+            Ok(channel) => return Client::new(channel),
             Err(error) => {
                 tracing::debug!(%error, "coordinator not there yet");
                 // Nothing tells when a listener appears on another host: this is the poll.
@@ -114,140 +116,294 @@ async fn connect(address: &str) -> CoordinatorClient<tonic::transport::Channel> 
     }
 }
 
-/// One connection: from hello to the end of the stream. The trainer does not outlive it.
-async fn session(
-    options: &AgentOptions,
-    mut client: CoordinatorClient<tonic::transport::Channel>,
-    hello: wire::Hello,
+fn given_up(options: &AgentOptions) -> i32 {
+    tracing::error!(
+        "the coordinator at {} has been out of reach for {} s",
+        options.coordinator,
+        options.patience.as_secs()
+    );
+    EXIT_RESUMABLE
+}
+
+/// One node's agent.
+struct Agent<'a> {
+    options: &'a AgentOptions,
+    incarnation: String,
     interface: IpAddr,
-    stopping: &mut Option<String>,
-    stop: &mut (impl Future<Output = String> + Unpin),
-) -> Ended {
-    let (outbox, messages) = mpsc::channel(QUEUE);
-    let say = async |kind| outbox.send(wire::AgentMessage { kind: Some(kind) }).await.is_ok();
-    say(agent_message::Kind::Hello(hello)).await;
-    let mut orders = match client.join(ReceiverStream::new(messages)).await {
-        Ok(response) => response.into_inner(),
-        Err(error) => {
-            tracing::warn!(%error, "the coordinator does not take this agent");
-            tokio::time::sleep(RETRY).await;
-            return Ended::Connection;
-        }
-    };
-    let mut heartbeat = tokio::time::interval(HEARTBEAT);
-    let mut trainer: Option<TrainerChild> = None;
-    loop {
-        let alive = tokio::select! {
-            order = orders.message() => match order {
-                Ok(Some(wire::Order { kind: Some(kind) })) => match kind {
-                    order::Kind::Finish(finish) => return Ended::Run(finish.status),
-                    kind => obey(options, kind, interface, &mut trainer, &outbox).await,
-                },
-                Ok(Some(_)) => true,
-                Ok(None) | Err(_) => return Ended::Connection,
-            },
-            event = next_event(&mut trainer) => {
-                let (generation, rank, event) = event;
-                match event {
-                    // libtorch prints lines of its own to stdout; events are JSON objects.
-                    ChildEvent::Line(line) if !line.starts_with('{') => {
-                        tracing::info!(rank, "{line}");
-                        true
+    kv: KvServer,
+    trainer: Option<TrainerChild>,
+    /// The generation whose keys this agent may be keeping.
+    met: Option<(String, Generation)>,
+    /// Why this node is to be given back.
+    stopping: Option<String>,
+}
+
+/// The agent's way to say something; `false` when nobody listens any more.
+#[derive(Clone)]
+struct Outbox(mpsc::Sender<wire::AgentMessage>);
+
+impl Outbox {
+    async fn say(&self, kind: agent_message::Kind) -> bool {
+        self.0.send(wire::AgentMessage { kind: Some(kind) }).await.is_ok()
+    }
+}
+
+impl Agent<'_> {
+    /// Looks for the coordinator, while the trainer goes on; else an exit status.
+    async fn reach(
+        &mut self,
+        stop: &mut (impl Future<Output = String> + Unpin),
+    ) -> Result<Client, i32> {
+        let mut deadline = Instant::now() + self.options.patience;
+        let connecting = connect(&self.options.coordinator);
+        tokio::pin!(connecting);
+        let mut pulse = tokio::time::interval(HEARTBEAT);
+        loop {
+            tokio::select! {
+                biased;
+                client = &mut connecting => return Ok(client),
+                event = next_event(&mut self.trainer) => match event {
+                    ChildEvent::Line { stepped: true, .. } => {
+                        deadline = Instant::now() + self.options.patience;
                     }
-                    ChildEvent::Line(event) => say(agent_message::Kind::Report(
-                        wire::TrainerReport { generation, rank, event },
-                    )).await,
+                    ChildEvent::Line { .. } | ChildEvent::Alive => {}
+                    ChildEvent::Noise(line) => tracing::info!("{line}"),
                     ChildEvent::Exited(status, evidence) => {
-                        trainer = None;
-                        say(agent_message::Kind::Exit(
-                            wire::TrainerExit { generation, status, evidence },
-                        )).await
+                        tracing::warn!(status, "the trainer {evidence}");
+                        self.trainer = None;
+                        if self.stopping.is_some() {
+                            return Err(EXIT_RESUMABLE);
+                        }
                     }
-                }
-            },
-            _ = heartbeat.tick() => say(agent_message::Kind::Heartbeat(wire::Heartbeat {})).await,
-            reason = &mut *stop, if stopping.is_none() => {
-                *stopping = Some(reason.clone());
-                say(agent_message::Kind::Stop(wire::StopRequest { reason })).await
-            },
-        };
-        if !alive {
-            return Ended::Connection;
+                },
+                _ = pulse.tick() => self.watch_trainer(),
+                reason = &mut *stop, if self.stopping.is_none() => {
+                    self.stopping = Some(reason);
+                    match &mut self.trainer {
+                        // All ranks stop with it, after a checkpoint.
+                        Some(child) => child.order(&TrainerOrder::CheckpointAndStop).await,
+                        None => return Err(EXIT_RESUMABLE),
+                    }
+                },
+                () = tokio::time::sleep_until(deadline) => return Err(given_up(self.options)),
+            }
         }
     }
+
+    fn hello(&self) -> wire::Hello {
+        let running = self.trainer.as_ref().filter(|child| child.is_sound()).and_then(|child| {
+            let place = child.place.as_ref()?;
+            Some(wire::Running {
+                generation: place.generation.0,
+                rank: place.rank.0,
+                world: place.world.0,
+                stranded: child.stranded,
+                step: child.done.unwrap_or_default().0,
+                has_state: child.done.is_some(),
+            })
+        });
+        wire::Hello {
+            node: self.options.node.0,
+            incarnation: self.incarnation.clone(),
+            kv_address: self.kv.local_addr().to_string(),
+            gpus: self.options.gpus,
+            running,
+        }
+    }
+
+    /// One connection: from hello to the end of the stream.
+    async fn session(
+        &mut self,
+        mut client: Client,
+        stop: &mut (impl Future<Output = String> + Unpin),
+    ) -> Ended {
+        let (sender, messages) = mpsc::channel(QUEUE);
+        let outbox = Outbox(sender);
+        outbox.say(agent_message::Kind::Hello(self.hello())).await;
+        if let Some(reason) = self.stopping.clone() {
+            outbox.say(agent_message::Kind::Stop(wire::StopRequest { reason })).await;
+        }
+        let mut orders = match client.join(ReceiverStream::new(messages)).await {
+            Ok(response) => response.into_inner(),
+            Err(error) => {
+                tracing::warn!(%error, "the coordinator does not take this agent");
+                tokio::time::sleep(RETRY).await;
+                return Ended::Connection;
+            }
+        };
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        loop {
+            let alive = tokio::select! {
+                // What the trainer has said is heard before its silence is judged.
+                biased;
+                event = next_event(&mut self.trainer) => self.relay(event, &outbox).await,
+                order = orders.message() => match order {
+                    Ok(Some(wire::Order { kind: Some(kind) })) => match kind {
+                        order::Kind::Finish(finish) => return Ended::Run(finish.status),
+                        kind => self.obey(kind, &outbox).await,
+                    },
+                    Ok(Some(_)) => true,
+                    Ok(None) | Err(_) => return Ended::Connection,
+                },
+                reason = &mut *stop, if self.stopping.is_none() => {
+                    self.stopping = Some(reason.clone());
+                    outbox.say(agent_message::Kind::Stop(wire::StopRequest { reason })).await
+                },
+                _ = heartbeat.tick() => {
+                    self.watch_trainer();
+                    outbox.say(agent_message::Kind::Heartbeat(wire::Heartbeat {})).await
+                }
+            };
+            if !alive {
+                return Ended::Connection;
+            }
+        }
+    }
+
+    /// Kills a trainer whose pulse has stopped; its exit is reported like any other.
+    fn watch_trainer(&mut self) {
+        let silence = self.options.silence;
+        if let Some(child) = &mut self.trainer
+            && !child.killed
+            && child.is_silent(silence)
+        {
+            tracing::warn!("the trainer has no pulse for {} s: killing it", silence.as_secs());
+            child.kill();
+        }
+    }
+
+    /// Tells the coordinator what the trainer did; `false` when it can no longer be told.
+    async fn relay(&mut self, event: ChildEvent, outbox: &Outbox) -> bool {
+        let place = self.trainer.as_ref().and_then(|child| child.place.as_ref());
+        let (generation, rank) = place.map_or((0, 0), |p| (p.generation.0, p.rank.0));
+        match event {
+            ChildEvent::Alive => true,
+            ChildEvent::Noise(line) => {
+                tracing::info!(rank, "{line}");
+                true
+            }
+            ChildEvent::Line { line: event, .. } => {
+                let report = wire::TrainerReport { generation, rank, event };
+                outbox.say(agent_message::Kind::Report(report)).await
+            }
+            ChildEvent::Exited(status, evidence) => {
+                let frozen = self.trainer.take().is_some_and(|child| child.killed);
+                let evidence = if frozen { format!("{evidence} (by its agent)") } else { evidence };
+                let exit = wire::TrainerExit { generation, status, evidence };
+                outbox.say(agent_message::Kind::Exit(exit)).await
+            }
+        }
+    }
+
+    /// Carries out an order; `false` when the coordinator can no longer be told.
+    async fn obey(&mut self, kind: order::Kind, outbox: &Outbox) -> bool {
+        match kind {
+            order::Kind::Start(start) => {
+                let generation = start.generation;
+                if let Err(error) = self.start(start).await {
+                    return self.not_started(generation, &error, outbox).await;
+                }
+            }
+            order::Kind::Prepare(prepare) => {
+                if let Err(error) = self.have_trainer(backend(prepare.nccl)) {
+                    return self.not_started(0, &error, outbox).await;
+                }
+            }
+            order::Kind::Leave(leave) => {
+                let generation = Generation(leave.generation);
+                self.forget(None);
+                if let Some(child) = &mut self.trainer {
+                    child.order(&TrainerOrder::Leave { generation }).await;
+                }
+            }
+            order::Kind::End(end) => match self.child_of(end.generation) {
+                Some(child) => child.kill(),
+                None => tracing::debug!(generation = end.generation, "no such trainer to end"),
+            },
+            order::Kind::CheckpointAndStop(_) => {
+                if let Some(child) = &mut self.trainer {
+                    child.order(&TrainerOrder::CheckpointAndStop).await;
+                }
+            }
+            order::Kind::Recorded(recorded) => {
+                if let Some(child) = self.child_of(recorded.generation) {
+                    let (lineage, step) = (Lineage(recorded.lineage), Step(recorded.step));
+                    child.order(&TrainerOrder::Recorded { lineage, step }).await;
+                }
+            }
+            order::Kind::Attest(attest) => {
+                if let Some(child) = self.child_of(attest.generation) {
+                    child.order(&TrainerOrder::Attest).await;
+                }
+            }
+            order::Kind::Finish(_) => {}
+        }
+        true
+    }
+
+    fn child_of(&mut self, generation: u64) -> Option<&mut TrainerChild> {
+        self.trainer.as_mut().filter(|child| child.generation() == Some(Generation(generation)))
+    }
+
+    async fn not_started(&self, generation: u64, error: &std::io::Error, outbox: &Outbox) -> bool {
+        let evidence = format!("could not be started: {error}");
+        let exit = wire::TrainerExit { generation, status: EXIT_FAILED, evidence };
+        outbox.say(agent_message::Kind::Exit(exit)).await
+    }
+
+    /// Has the trainer join a generation: the one that is there, else a new one.
+    async fn start(&mut self, start: wire::Start) -> std::io::Result<()> {
+        let membership = Membership {
+            generation: Generation(start.generation),
+            epoch: start.epoch,
+            rank: Rank(start.rank),
+            world: WorldSize(start.world),
+            kv_address: start.kv_address.parse().map_err(std::io::Error::other)?,
+        };
+        self.forget(Some((membership.epoch.clone(), membership.generation)));
+        self.have_trainer(backend(start.nccl))?;
+        if let Some(child) = &mut self.trainer {
+            child.join(membership).await;
+        }
+        Ok(())
+    }
+
+    /// Whoever still waits under the keys of the generation before learns that it is over.
+    fn forget(&mut self, next: Option<(String, Generation)>) {
+        if let Some((epoch, generation)) = std::mem::replace(&mut self.met, next) {
+            self.kv.forget(&Membership::key_prefix(&epoch, generation));
+        }
+    }
+
+    /// A trainer on `backend`, started if need be.
+    fn have_trainer(&mut self, backend: Backend) -> std::io::Result<()> {
+        if self.trainer.as_ref().is_some_and(|child| child.backend == backend && child.is_sound()) {
+            return Ok(());
+        }
+        // One that is ending, or of the other kind, goes first; dropping it kills it.
+        self.trainer = None;
+        let assignment = Assignment {
+            backend,
+            interface: self.interface,
+            run: self.options.run.clone(),
+            threads: self.options.threads,
+        };
+        let child = TrainerChild::spawn(&self.options.child, self.options.node, &assignment)?;
+        self.trainer = Some(child);
+        Ok(())
+    }
+}
+
+fn backend(nccl: bool) -> Backend {
+    if nccl { Backend::Nccl } else { Backend::Gloo }
 }
 
 /// The trainer's next event; never resolves while there is no trainer.
-async fn next_event(trainer: &mut Option<TrainerChild>) -> (u64, u32, ChildEvent) {
+async fn next_event(trainer: &mut Option<TrainerChild>) -> ChildEvent {
     match trainer {
-        Some(child) => {
-            let (generation, rank) = (child.generation.0, child.rank);
-            (generation, rank, child.next().await)
-        }
+        Some(child) => child.next().await,
         None => std::future::pending().await,
     }
-}
-
-/// Carries out an order; `false` when the coordinator can no longer be told.
-async fn obey(
-    options: &AgentOptions,
-    kind: order::Kind,
-    interface: IpAddr,
-    trainer: &mut Option<TrainerChild>,
-    outbox: &mpsc::Sender<wire::AgentMessage>,
-) -> bool {
-    match kind {
-        order::Kind::Start(start) => {
-            let generation = start.generation;
-            match start_trainer(options, start, interface) {
-                Ok(child) => *trainer = Some(child),
-                Err(error) => {
-                    let evidence = format!("could not be started: {error}");
-                    let exit = wire::TrainerExit { generation, status: EXIT_FAILED, evidence };
-                    let kind = Some(agent_message::Kind::Exit(exit));
-                    return outbox.send(wire::AgentMessage { kind }).await.is_ok();
-                }
-            }
-        }
-        order::Kind::End(end) => match trainer {
-            Some(child) if child.generation == Generation(end.generation) => child.kill(),
-            _ => tracing::debug!(generation = end.generation, "no such trainer to end"),
-        },
-        order::Kind::CheckpointAndStop(_) => {
-            if let Some(child) = trainer {
-                child.order(&TrainerOrder::CheckpointAndStop).await;
-            }
-        }
-        order::Kind::Recorded(recorded) => match trainer {
-            Some(child) if child.generation == Generation(recorded.generation) => {
-                let (lineage, step) = (Lineage(recorded.lineage), Step(recorded.step));
-                child.order(&TrainerOrder::Recorded { lineage, step }).await;
-            }
-            _ => tracing::debug!(generation = recorded.generation, "no such trainer to tell"),
-        },
-        order::Kind::Finish(_) => {}
-    }
-    true
-}
-
-fn start_trainer(
-    options: &AgentOptions,
-    start: wire::Start,
-    interface: IpAddr,
-) -> std::io::Result<TrainerChild> {
-    let kv_address = start.kv_address.parse().map_err(std::io::Error::other)?;
-    let assignment = Assignment {
-        generation: Generation(start.generation),
-        epoch: start.epoch,
-        rank: Rank(start.rank),
-        world: WorldSize(start.world),
-        backend: if start.nccl { Backend::Nccl } else { Backend::Gloo },
-        kv_address,
-        interface,
-        run: options.run.clone(),
-        threads: options.threads,
-    };
-    TrainerChild::spawn(&options.child, &assignment)
 }
 
 /// The address of the interface over which the coordinator is reached.

@@ -3,12 +3,15 @@
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-use crate::proto::{Assignment, TrainerOrder};
-use crate::types::Generation;
+use tokio::time::Instant;
+
+use crate::proto::{Assignment, Membership, TrainerEvent, TrainerOrder};
+use crate::types::{Backend, Generation, NodeId, Step};
 
 /// The environment variable by which a child learns whose death it must follow.
 pub const PARENT_VARIABLE: &str = "CPCR_PARENT_PID";
@@ -29,16 +32,26 @@ const GROUP_ENVIRONMENT: [(&str, &str); 3] = [
 pub struct ChildOptions {
     /// The `cpcr-engine` binary.
     pub engine: PathBuf,
-    /// Folder for the trainer's log, by rank.
+    /// Folder for the trainer's log, by node.
     pub logs: PathBuf,
 }
 
 /// A running trainer.
 pub struct TrainerChild {
-    /// The generation it belongs to.
-    pub generation: Generation,
-    /// Its rank, for the log and the reports.
-    pub rank: u32,
+    /// What it computes on.
+    pub backend: Backend,
+    /// The place that it was given last.
+    pub place: Option<Membership>,
+    /// Whether it has left that place, and waits with its state.
+    pub stranded: bool,
+    /// Steps done, as far as it has said that it has a state.
+    pub done: Option<Step>,
+    /// Whether its agent has killed it.
+    pub killed: bool,
+    /// Whether it has said that it fails, and ends by itself.
+    failing: bool,
+    /// When it was last heard.
+    heard: Instant,
     child: Child,
     orders: Option<ChildStdin>,
     events: Lines<BufReader<ChildStdout>>,
@@ -46,8 +59,17 @@ pub struct TrainerChild {
 
 /// What a trainer did.
 pub enum ChildEvent {
-    /// It printed a line.
-    Line(String),
+    /// It reported something.
+    Line {
+        /// In JSON.
+        line: String,
+        /// Whether that is progress.
+        stepped: bool,
+    },
+    /// It lives.
+    Alive,
+    /// It printed something else.
+    Noise(String),
     /// Its process ended: exit status (or 128 + signal) and what was seen, in words.
     Exited(i32, String),
 }
@@ -57,12 +79,16 @@ impl TrainerChild {
     ///
     /// # Errors
     /// When the process or its log file cannot be made.
-    pub fn spawn(options: &ChildOptions, assignment: &Assignment) -> std::io::Result<Self> {
+    pub fn spawn(
+        options: &ChildOptions,
+        node: NodeId,
+        assignment: &Assignment,
+    ) -> std::io::Result<Self> {
         std::fs::create_dir_all(&options.logs)?;
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
-            .open(options.logs.join(format!("rank-{}.log", assignment.rank)))?;
+            .open(options.logs.join(format!("trainer-{node}.log")))?;
         let text = serde_json::to_string(assignment).map_err(std::io::Error::other)?;
         let mut child = Command::new(&options.engine)
             .arg("trainer")
@@ -80,8 +106,13 @@ impl TrainerChild {
         let orders = child.stdin.take();
         let stdout = child.stdout.take().ok_or_else(|| std::io::Error::other("no stdout"))?;
         Ok(Self {
-            generation: assignment.generation,
-            rank: assignment.rank.0,
+            backend: assignment.backend,
+            place: None,
+            stranded: false,
+            done: None,
+            killed: false,
+            failing: false,
+            heard: Instant::now(),
             child,
             orders,
             events: BufReader::new(stdout).lines(),
@@ -91,7 +122,8 @@ impl TrainerChild {
     /// The next line or the end. Lines come first: everything the trainer said is heard.
     pub async fn next(&mut self) -> ChildEvent {
         if let Ok(Some(line)) = self.events.next_line().await {
-            return ChildEvent::Line(line);
+            self.heard = Instant::now();
+            return self.said(line);
         }
         match self.child.wait().await {
             Ok(status) => {
@@ -102,20 +134,77 @@ impl TrainerChild {
         }
     }
 
+    /// What a line means to its agent.
+    fn said(&mut self, line: String) -> ChildEvent {
+        // libtorch prints lines of its own to stdout; events are JSON objects.
+        if !line.starts_with('{') {
+            return ChildEvent::Noise(line);
+        }
+        let stepped = match serde_json::from_str(&line) {
+            Ok(TrainerEvent::Alive) => return ChildEvent::Alive,
+            Ok(TrainerEvent::Ready { step, .. }) => {
+                self.done = Some(step);
+                false
+            }
+            Ok(TrainerEvent::Step { step, .. } | TrainerEvent::Busy { step, .. }) => {
+                self.done = Some(step);
+                true
+            }
+            Ok(TrainerEvent::Stranded { generation, done, .. }) => {
+                self.done = done;
+                self.stranded |= self.generation() == Some(generation);
+                false
+            }
+            Ok(TrainerEvent::Failed { .. }) => {
+                self.failing = true;
+                false
+            }
+            // What it is goes to the coordinator, who says so if it cannot be read.
+            Ok(_) | Err(_) => false,
+        };
+        ChildEvent::Line { line, stepped }
+    }
+
+    /// Whether it can be given a place, or keeps one.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        !self.killed && !self.failing
+    }
+
+    /// The generation that it was told to join last.
+    #[must_use]
+    pub fn generation(&self) -> Option<Generation> {
+        self.place.as_ref().map(|place| place.generation)
+    }
+
+    /// Gives it a place in a generation.
+    pub async fn join(&mut self, membership: Membership) {
+        self.place = Some(membership.clone());
+        self.stranded = false;
+        self.order(&TrainerOrder::Join(membership)).await;
+    }
+
+    /// Whether nothing has been heard of it for `patience`: even its pulse has stopped.
+    #[must_use]
+    pub fn is_silent(&self, patience: Duration) -> bool {
+        self.heard.elapsed() > patience
+    }
+
     /// Passes an order on. A trainer that is gone shows by its exit, so a failure is only logged.
     pub async fn order(&mut self, order: &TrainerOrder) {
         let Some(stdin) = &mut self.orders else { return };
         let Ok(mut line) = serde_json::to_string(order) else { return };
         line.push('\n');
         if let Err(error) = stdin.write_all(line.as_bytes()).await {
-            tracing::warn!(rank = self.rank, %error, "the trainer takes no orders");
+            tracing::warn!(%error, "the trainer takes no orders");
         }
     }
 
     /// SIGKILL: the one cure for a stuck collective. The exit shows through [`Self::next`].
     pub fn kill(&mut self) {
+        self.killed = true;
         if let Err(error) = self.child.start_kill() {
-            tracing::debug!(rank = self.rank, %error, "already gone");
+            tracing::debug!(%error, "already gone");
         }
     }
 }

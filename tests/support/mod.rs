@@ -35,7 +35,13 @@ pub fn dataset(folder: &Path) -> PathBuf {
     data
 }
 
-pub fn launch(folder: &Path, data: &Path, run: &str, nodes: u32, set: &[&str]) -> Command {
+pub fn launch(
+    folder: &Path,
+    data: &Path,
+    run: &str,
+    nodes: impl std::fmt::Display,
+    set: &[&str],
+) -> Command {
     assert!(Path::new(ENGINE).is_file());
     let mut command = Command::new(LAUNCH);
     command.current_dir(folder).args(["--config", "demo", "--run", run, "--data"]).arg(data);

@@ -1,0 +1,82 @@
+//! What trainers report: where it goes (watchers, the ledger), and what it means to the run. No decision.
+
+use tokio::sync::watch;
+
+use super::records::Records;
+use crate::proto::{TrainerEvent, wire};
+use crate::types::{Generation, Step};
+
+/// Notes kept in the status that watchers read.
+const NOTES: usize = 200;
+
+/// What a trainer's event means to the run.
+pub(super) enum Said {
+    /// It lives. Being ready is no progress: the first step may take longest of all.
+    Nothing,
+    /// It waits for a generation.
+    Standby,
+    /// It has lost one.
+    Stranded { generation: Generation, done: Option<Step>, evidence: String },
+    /// It gets on, perhaps by a step.
+    Progress { done: Option<Step> },
+    /// More than the ledger's queue takes.
+    TooMuch,
+    /// Why it fails.
+    LastWords { text: String, status: i32, curable: bool },
+}
+
+/// Puts a trainer's event where watchers see it, and what it says for the ledger there. Step events
+/// are rank 0's only.
+pub(super) fn relay(
+    report: &wire::TrainerReport,
+    records: &Records,
+    status: &watch::Sender<wire::RunStatus>,
+) -> Said {
+    let event = serde_json::from_str::<TrainerEvent>(&report.event);
+    if let Ok(event) = &event
+        && report.rank == 0
+        && !records.note(Generation(report.generation), event)
+    {
+        return Said::TooMuch;
+    }
+    match event {
+        Ok(TrainerEvent::Step { step, .. }) if report.rank == 0 => {
+            status.send_modify(|s| s.progress.clone_from(&report.event));
+            Said::Progress { done: Some(step) }
+        }
+        Ok(TrainerEvent::Validation { .. }) if report.rank == 0 => {
+            status.send_modify(|s| s.validation.clone_from(&report.event));
+            Said::Progress { done: None }
+        }
+        // Other ranks may be done already: the line says what the slowest part is.
+        Ok(TrainerEvent::Busy { .. }) => {
+            status.send_modify(|s| s.progress.clone_from(&report.event));
+            Said::Progress { done: None }
+        }
+        Ok(TrainerEvent::Ready { step, restored: true, .. }) if report.rank == 0 => {
+            note(status, format!("resumed at step {step}"));
+            Said::Nothing
+        }
+        Ok(TrainerEvent::Standby) => Said::Standby,
+        Ok(TrainerEvent::Stranded { generation, done, text }) => {
+            Said::Stranded { generation, done, evidence: text }
+        }
+        Ok(TrainerEvent::Failed { text, status, curable }) => {
+            Said::LastWords { text, status, curable }
+        }
+        Ok(_) => Said::Nothing,
+        Err(error) => {
+            tracing::warn!(rank = report.rank, %error, "unreadable trainer event");
+            Said::Nothing
+        }
+    }
+}
+
+pub(super) fn note(status: &watch::Sender<wire::RunStatus>, text: String) {
+    tracing::info!("{text}");
+    status.send_modify(|s| {
+        s.notes.push(text);
+        let surplus = s.notes.len().saturating_sub(NOTES);
+        s.notes.drain(..surplus);
+    });
+}

@@ -1,0 +1,111 @@
+//! Who comes, and with what: fresh agents, agents whose connection broke, trainers of a coordinator that is gone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::super::events::{Effect, Now, Running};
+use super::super::members::{Member, Trainer};
+use super::{Phase, State};
+use crate::types::{NodeId, Rank};
+
+impl State {
+    pub(super) fn joined(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        member: Member,
+        running: Option<Running>,
+        effects: &mut Vec<Effect>,
+    ) {
+        if let Phase::Finished { status, reason } = &self.phase {
+            effects.push(Effect::Finish { status: *status, reason: reason.clone() });
+            return;
+        }
+        let most = self.limits.max + self.limits.spares;
+        if node.0 >= most {
+            effects.push(Effect::Note(format!(
+                "node {node} is not wanted: the run has nodes 0 to {}",
+                most.saturating_sub(1)
+            )));
+            return;
+        }
+        let in_place = |phase: &Phase, generation| {
+            matches!(phase, Phase::Training { ranks, .. } if ranks.contains_key(&node))
+                && member.trainer == Trainer::In(generation)
+        };
+        if let Some(before) = self.members.get(&node) {
+            let same = before.incarnation == member.incarnation;
+            if same && in_place(&self.phase, self.generation) {
+                // Its connection was made anew; its trainer has not noticed.
+                self.members.insert(node, member);
+                return;
+            }
+            let why = if same { "its connection broke" } else { "a new agent took its place" };
+            self.lose(now, node, why, effects);
+        }
+        if let Phase::Gathering { since, recovering: None } = &mut self.phase
+            && self.members.is_empty()
+        {
+            *since = now;
+        }
+        let usable = matches!(member.trainer, Trainer::Waiting { .. } | Trainer::In(_));
+        self.members.insert(node, member);
+        if let Some(running) = running {
+            self.adopt(now, node, &running, effects);
+        }
+        if usable {
+            self.trainer_is_there(now, node, effects);
+        }
+    }
+
+    /// A member has brought a trainer of a generation that this coordinator has not started.
+    fn adopt(&mut self, now: Now, node: NodeId, running: &Running, effects: &mut Vec<Effect>) {
+        self.newest = self.newest.max(running.generation);
+        if let Phase::Gathering { recovering: None, .. } = self.phase
+            && running.generation > self.generation
+        {
+            self.generation = running.generation;
+            let (since, world) = (now, running.world);
+            self.phase = Phase::Adopting { since, world, ranks: BTreeMap::new() };
+        }
+        let Phase::Adopting { world, ranks, .. } = &mut self.phase else { return };
+        if running.stranded || running.generation != self.generation || running.world != *world {
+            let why = format!("node {node} has left its generation");
+            self.lose_generation(now, why, effects);
+            return;
+        }
+        ranks.insert(node, running.rank);
+        if ranks.values().collect::<BTreeSet<_>>().len() < world.0 as usize {
+            return;
+        }
+        let (ranks, world) = (ranks.clone(), *world);
+        effects.push(Effect::Note(format!(
+            "took over {world} workers in the midst of training: nothing was interrupted"
+        )));
+        let first = ranks.iter().find(|(_, rank)| **rank == Rank(0)).map(|(node, _)| *node);
+        if let Some(node) = first {
+            effects.push(Effect::Attest { node, generation: self.generation });
+        }
+        self.last_progress = now;
+        self.longest_silence = None;
+        self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
+        if let Some(reason) = self.stop.take() {
+            self.stop_requested(now, reason, effects);
+        }
+    }
+
+    /// A trainer that could be used is there: one more, if the generation has room.
+    pub(super) fn trainer_is_there(&mut self, now: Now, node: NodeId, effects: &mut Vec<Effect>) {
+        let Some(member) = self.members.get_mut(&node) else { return };
+        if matches!(member.trainer, Trainer::Absent | Trainer::Preparing) {
+            member.trainer = Trainer::Waiting { done: None };
+        }
+        if let Phase::Training { ranks, left, stopping: None } = &self.phase
+            && left.is_empty()
+            && !ranks.contains_key(&node)
+            && ranks.len() < self.limits.max as usize
+        {
+            effects.push(Effect::Note(format!("node {node} joins")));
+            self.phase = Phase::Gathering { since: now, recovering: Some(now) };
+        }
+    }
+}

@@ -33,6 +33,10 @@ pub struct SynthOptions {
     pub slices: (u32, u32),
     /// Training patients whose labels are kept; the others get none at all.
     pub labelled_patients: Option<u32>,
+    /// Steps between the darkest and the brightest pixel of a volume, if intensities are to be whole numbers as a scanner's
+    /// are (ACDC's have 240 to 490) and compress like them. The demonstration's are not: pooling meets ties among
+    /// them, which rounding then decides.
+    pub intensity_steps: Option<u32>,
     /// Rows in a block.
     pub block_rows: u32,
 }
@@ -47,6 +51,7 @@ impl Default for SynthOptions {
             side_px: (72, 112),
             slices: (6, 9),
             labelled_patients: None,
+            intensity_steps: None,
             block_rows: 8,
         }
     }

@@ -17,6 +17,8 @@ use crate::data::write::Work;
 use crate::store::{Store, StoreOptions};
 use crate::types::ObjectDigest;
 
+/// Intensities of a volume, about as many as ACDC's have.
+const INTENSITY_STEPS: u32 = 400;
 /// Slices of a volume: ACDC's have about ten.
 const VOLUME_SLICES: u32 = 10;
 
@@ -43,6 +45,7 @@ pub(super) async fn phantoms(site: &Site, options: &DataOptions) -> Result<Pool,
         side_px: (options.side_px, options.side_px),
         slices: (VOLUME_SLICES, VOLUME_SLICES),
         labelled_patients: Some(0),
+        intensity_steps: Some(INTENSITY_STEPS),
         ..SynthOptions::default()
     };
     let sink = open(site, "pool")?;

@@ -32,9 +32,6 @@ impl Frame {
     }
 }
 
-/// Steps between the darkest and the brightest pixel of a volume; ACDC's have 240 to 490.
-const LEVELS: f32 = 400.0;
-
 /// Uniform and normal numbers from a keyed stream.
 struct Draws(ChaCha8Rng);
 
@@ -75,6 +72,7 @@ pub(super) struct Heart {
     height: u32,
     width: u32,
     slices: u32,
+    intensity_steps: Option<f32>,
     /// Off-centre position, pixels.
     centre_px: (f32, f32),
     /// Direction from the left ventricle to the right one.
@@ -128,6 +126,7 @@ impl Heart {
             height,
             width,
             slices: d.whole(options.slices),
+            intensity_steps: options.intensity_steps.map(|steps| steps.max(1) as f32),
             centre_px,
             towards_rv: PI + d.uniform(-0.6, 0.6),
             lv_radius: d.uniform(0.12, 0.17),
@@ -157,14 +156,15 @@ impl Heart {
         let shape = (self.height as usize, self.width as usize);
         let drawn = (0..self.slices).map(|slice| self.slice(frame, slice));
         let (mut images, labels): (Vec<Vec<f32>>, Vec<Vec<u8>>) = drawn.unzip();
-        // Intensities are scaled to [0, 1] over the volume, as for real data, out of a scanner's
-        // whole numbers: what few values there are is why real slices compress so well.
+        // Intensities are scaled to [0, 1] over the volume, as for real data.
         let all = || images.iter().flatten().copied();
         let (low, high) = (all().fold(f32::MAX, f32::min), all().fold(f32::MIN, f32::max));
         let scale = 1.0 / (high - low).max(f32::MIN_POSITIVE);
         for value in images.iter_mut().flatten() {
-            let whole = ((*value - low) * scale * LEVELS).round();
-            *value = (whole / LEVELS).clamp(0.0, 1.0);
+            *value = ((*value - low) * scale).clamp(0.0, 1.0);
+            if let Some(steps) = self.intensity_steps {
+                *value = (*value * steps).round() / steps;
+            }
         }
         let numbered = (0..).zip(images).zip(labels);
         numbered

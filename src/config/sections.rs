@@ -238,7 +238,7 @@ section!(
 section!(
     /// `[recovery]`: what happens after a loss.
     Recovery {
-        /// How often a process of the run may be restarted before the run gives up.
+        /// How many losses without a step that none had taken before, until the run gives up.
         restarts: u32 = 3,
         /// Seconds that the run waits for missing members before it exits 75.
         wait_s: u64 = 25,

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt};
@@ -65,9 +66,20 @@ pub enum ServiceError {
 
 /// What reaches the owner task.
 enum Input {
-    Joined { hello: wire::Hello, orders: mpsc::Sender<Result<wire::Order, Status>>, host: String },
-    Message { node: NodeId, kind: agent_message::Kind },
-    Left { node: NodeId, incarnation: String },
+    Joined {
+        connection: u64,
+        hello: wire::Hello,
+        orders: mpsc::Sender<Result<wire::Order, Status>>,
+        host: String,
+    },
+    Message {
+        node: NodeId,
+        kind: agent_message::Kind,
+    },
+    Left {
+        connection: u64,
+        node: NodeId,
+    },
     Stop(String),
 }
 
@@ -94,8 +106,9 @@ pub async fn serve(
     });
     let owner = tokio::spawn(own(State::new(limits), epoch, (records, recording), queue, status));
     let (over, ended) = tokio::sync::oneshot::channel::<()>();
-    let service = CoordinatorServer::new(Service { inputs, watched })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let service =
+        CoordinatorServer::new(Service { inputs, connections: AtomicU64::new(0), watched })
+            .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .add_service(service)
@@ -156,21 +169,14 @@ async fn own(
             _ = tick.tick() => Some(Event::Tick),
         };
         let Some(event) = event else { continue };
-        let left = match &event {
-            Event::Left { node, incarnation } => Some((*node, incarnation.clone())),
-            _ => None,
-        };
         for effect in state.apply(start.elapsed(), event) {
             // The end is told with the ledger written: a coordinator that died in between needs its workers.
             if !matches!(effect, Effect::Finish { .. }) {
                 execute(effect, &epoch, &agents, &status);
             }
         }
-        if let Some((node, incarnation)) = left
-            && agents.get(&node).is_some_and(|agent| agent.incarnation == incarnation)
-        {
-            agents.remove(&node);
-        }
+        // Whoever was given up, and lives, sees its stream end and comes again.
+        agents.retain(|node, _| state.has_or_rejects(*node));
         if let Phase::Finished { status: code, reason } = state.phase() {
             let outcome = Outcome { status: *code, reason: reason.clone() };
             let outcome = recorded(outcome, (records, recording), RECORDING_MAX).await;
@@ -185,6 +191,7 @@ async fn own(
 
 /// The owner's side of one agent's stream.
 struct Agent {
+    connection: u64,
     incarnation: String,
     host: String,
     orders: mpsc::Sender<Result<wire::Order, Status>>,
@@ -192,6 +199,7 @@ struct Agent {
     last_words: Option<String>,
 }
 
+/// What an input means to the state machine; nothing, if it is about a connection that another has replaced.
 fn event_of(
     input: Input,
     agents: &mut BTreeMap<NodeId, Agent>,
@@ -199,26 +207,16 @@ fn event_of(
     status: &watch::Sender<wire::RunStatus>,
 ) -> Option<Event> {
     match input {
-        Input::Joined { hello, orders, host } => {
+        Input::Joined { connection, hello, orders, host } => {
             let node = NodeId(hello.node);
             let incarnation = hello.incarnation.clone();
-            agents.insert(node, Agent { incarnation, host, orders, last_words: None });
-            let running = hello.running.map(|running| Running {
-                generation: Generation(running.generation),
-                rank: Rank(running.rank),
-                world: WorldSize(running.world),
-                stranded: running.stranded,
-                done: running.has_state.then_some(Step(running.step)),
-            });
-            Some(Event::Joined {
-                node,
-                incarnation: hello.incarnation,
-                kv_address: hello.kv_address,
-                gpus: hello.gpus,
-                running,
-            })
+            agents.insert(node, Agent { connection, incarnation, host, orders, last_words: None });
+            Some(joined(hello))
         }
-        Input::Left { node, incarnation } => Some(Event::Left { node, incarnation }),
+        Input::Left { connection, node } => {
+            let agent = agents.get(&node).filter(|agent| agent.connection == connection)?;
+            Some(Event::Left { node, incarnation: agent.incarnation.clone() })
+        }
         Input::Stop(reason) => Some(Event::StopRequested { reason }),
         Input::Message { node, kind } => match kind {
             agent_message::Kind::Hello(_) | agent_message::Kind::Heartbeat(_) => {
@@ -235,40 +233,57 @@ fn event_of(
                 let status = exit.status;
                 Some(Event::TrainerExited { node, generation, status, evidence })
             }
-            agent_message::Kind::Report(report) => match relay(&report, records, status) {
-                Said::TooMuch => Some(Event::LedgerLost {
-                    status: EXIT_FAILED,
-                    reason: "more receipts wait for the ledger than there is room for".to_owned(),
-                }),
-                Said::Nothing => Some(Event::Heard { node }),
-                Said::Standby => {
-                    // Another process: what the one before said is not about it.
-                    if let Some(agent) = agents.get_mut(&node) {
-                        agent.last_words = None;
-                    }
-                    Some(Event::TrainerStandby { node })
-                }
-                Said::Stranded { generation, done, evidence } => {
-                    Some(Event::TrainerStranded { node, generation, done, evidence })
-                }
-                Said::Progress { done } => {
-                    let generation = Generation(report.generation);
-                    Some(Event::Progressed { node, generation, done })
-                }
-                Said::LastWords { text, status, curable } => {
-                    if let Some(agent) = agents.get_mut(&node) {
-                        agent.last_words = Some(text.clone());
-                    }
-                    Some(Event::TrainerFailed {
-                        node,
-                        generation: Generation(report.generation),
-                        evidence: text,
-                        status,
-                        curable,
-                    })
-                }
-            },
+            agent_message::Kind::Report(report) => {
+                let said = relay(&report, records, status);
+                let agent = agents.get_mut(&node);
+                Some(reported(node, Generation(report.generation), said, agent))
+            }
         },
+    }
+}
+
+fn joined(hello: wire::Hello) -> Event {
+    let running = hello.running.map(|running| Running {
+        generation: Generation(running.generation),
+        rank: Rank(running.rank),
+        world: WorldSize(running.world),
+        stranded: running.stranded,
+        done: running.has_state.then_some(Step(running.step)),
+    });
+    Event::Joined {
+        node: NodeId(hello.node),
+        incarnation: hello.incarnation,
+        kv_address: hello.kv_address,
+        gpus: hello.gpus,
+        running,
+    }
+}
+
+/// What a trainer's report means; what it says of its own failure is kept for when its process ends.
+fn reported(node: NodeId, generation: Generation, said: Said, agent: Option<&mut Agent>) -> Event {
+    match said {
+        Said::TooMuch => Event::LedgerLost {
+            status: EXIT_FAILED,
+            reason: "more receipts wait for the ledger than there is room for".to_owned(),
+        },
+        Said::Nothing => Event::Heard { node },
+        Said::Standby => {
+            // Another process: what the one before said is not about it.
+            if let Some(agent) = agent {
+                agent.last_words = None;
+            }
+            Event::TrainerStandby { node }
+        }
+        Said::Stranded { generation, done, evidence } => {
+            Event::TrainerStranded { node, generation, done, evidence }
+        }
+        Said::Progress { done } => Event::Progressed { node, generation, done },
+        Said::LastWords { text, status, curable } => {
+            if let Some(agent) = agent {
+                agent.last_words = Some(text.clone());
+            }
+            Event::TrainerFailed { node, generation, evidence: text, status, curable }
+        }
     }
 }
 
@@ -361,6 +376,8 @@ fn publish(state: &State, end: Option<&Outcome>, status: &watch::Sender<wire::Ru
 /// The gRPC handlers: they translate, nothing else.
 struct Service {
     inputs: mpsc::Sender<Input>,
+    /// Connections so far.
+    connections: AtomicU64,
     watched: watch::Receiver<wire::RunStatus>,
 }
 
@@ -382,9 +399,10 @@ impl Coordinator for Service {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
         let (orders, queue) = mpsc::channel(ORDERS);
-        let (node, incarnation) = (NodeId(hello.node), hello.incarnation.clone());
+        let node = NodeId(hello.node);
+        let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let gone = |_| Status::unavailable("the run has ended");
-        self.inputs.send(Input::Joined { hello, orders, host }).await.map_err(gone)?;
+        self.inputs.send(Input::Joined { connection, hello, orders, host }).await.map_err(gone)?;
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
             while let Ok(Some(message)) = messages.message().await {
@@ -394,7 +412,7 @@ impl Coordinator for Service {
                 }
             }
             // The owner is gone only when the run has ended; then nobody needs to know.
-            inputs.send(Input::Left { node, incarnation }).await.ok();
+            inputs.send(Input::Left { connection, node }).await.ok();
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
     }
@@ -434,6 +452,27 @@ mod tests {
         let outcome = Outcome { status, reason: "over".to_owned() };
         let bounds = [Duration::from_millis(50); 2];
         recorded(outcome, (records, tokio::spawn(recording)), bounds).await
+    }
+
+    /// An agent may have another connection before the end of the one before is noticed.
+    #[tokio::test]
+    async fn a_connection_that_was_replaced_takes_nobody_along() {
+        let run = Store::open("memory:///", &StoreOptions::default()).unwrap();
+        let place = LedgerPlace { run, checkpoint_every: 1 };
+        let (records, _task) = records::start(place, "epoch").await.unwrap();
+        let (status, _watched) = watch::channel(wire::RunStatus::default());
+        let mut agents = BTreeMap::new();
+        for connection in [1, 2] {
+            let hello = wire::Hello { incarnation: "a".to_owned(), ..Default::default() };
+            let (orders, _queue) = mpsc::channel(1);
+            let input = Input::Joined { connection, hello, orders, host: String::new() };
+            assert!(event_of(input, &mut agents, &records, &status).is_some());
+        }
+        let mut left = |connection| {
+            event_of(Input::Left { connection, node: NodeId(0) }, &mut agents, &records, &status)
+        };
+        assert_eq!(left(1), None);
+        assert!(matches!(left(2), Some(Event::Left { node: NodeId(0), .. })));
     }
 
     #[tokio::test]

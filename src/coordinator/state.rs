@@ -123,6 +123,15 @@ impl State {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX)
     }
 
+    /// Whether a node that has a connection may keep it: as a member, or as one that is not wanted and has been told so.
+    #[must_use]
+    pub fn has_or_rejects(&self, node: NodeId) -> bool {
+        let wanted = node.0 < self.limits.max + self.limits.spares;
+        !wanted
+            || matches!(self.phase, Phase::Finished { .. })
+            || self.members.get(&node).is_some_and(|member| member.away.is_none())
+    }
+
     /// The one way in: what `event` at `now` changes, and what is to be done about it.
     pub fn apply(&mut self, now: Now, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
@@ -148,14 +157,7 @@ impl State {
             Event::Progressed { node, generation, done } => {
                 self.heard(now, node);
                 if generation == self.generation {
-                    let silence = now.saturating_sub(self.last_progress);
-                    let longest = self.longest_silence.unwrap_or_default();
-                    self.longest_silence = Some(longest.max(silence));
-                    self.last_progress = now;
-                    // What is done again after all have died proves nothing.
-                    if done > self.furthest {
-                        (self.furthest, self.fruitless) = (done, 0);
-                    }
+                    self.progressed(now, done);
                 }
             }
             Event::Heard { node } => self.heard(now, node),
@@ -199,6 +201,16 @@ impl State {
         self.maybe_start(now, &mut effects);
         self.prepare_idle(&mut effects);
         effects
+    }
+
+    fn progressed(&mut self, now: Now, done: Option<Step>) {
+        let silence = now.saturating_sub(self.last_progress);
+        self.longest_silence = Some(self.longest_silence.unwrap_or_default().max(silence));
+        self.last_progress = now;
+        // What is done again after all have died proves nothing.
+        if done > self.furthest {
+            (self.furthest, self.fruitless) = (done, 0);
+        }
     }
 
     fn heard(&mut self, now: Now, node: NodeId) {

@@ -411,3 +411,19 @@ fn a_generation_without_progress_is_lost_though_its_agents_live() {
     assert_eq!(lost_at(&[2, 4, 6]), Some(27), "quick steps, then none");
     assert_eq!(lost_at(&[50, 52]), Some(52 + 151), "slow ones earn patience");
 }
+
+/// Else an agent that was frozen for a while would go on talking to a coordinator that knows it no more.
+#[test]
+fn whoever_was_given_up_loses_its_connection_and_may_come_again() {
+    let mut state = all_here();
+    let later = Duration::from_secs(9);
+    for node in [0, 2] {
+        state.apply(later, Event::Heard { node: NodeId(node) });
+    }
+    assert!(state.has_or_rejects(NodeId(1)));
+    state.apply(later, Event::Tick);
+    assert!(!state.has_or_rejects(NodeId(1)) && state.has_or_rejects(NodeId(0)));
+    assert!(state.has_or_rejects(NodeId(7)), "told that it is not wanted, it need not ask again");
+    let effects = state.apply(later, came_back(1, 0, running(1, 1, true)));
+    assert_eq!(started(&effects), [0, 1, 2]);
+}

@@ -75,7 +75,7 @@ fn two_channels_are_imported_trained_on_and_scored() {
     succeed(&cpcr(folder.path(), &import));
     succeed(&cpcr(folder.path(), &["data", "verify", "data"]));
     let info = json(&cpcr(folder.path(), &["data", "info", "--json", "data"]));
-    assert_eq!((info["format"].as_u64(), info["channels"].as_u64()), (Some(2), Some(2)));
+    assert_eq!((info["format"].as_u64(), info["channels"].as_u64()), (Some(4), Some(2)));
     assert_eq!(info["channel_names"], serde_json::json!(["T1", "T2"]));
 
     let set = ["train.iterations=10", "data.labelled=3"];
@@ -143,7 +143,7 @@ fn an_acdc_tree_is_imported_and_mistakes_are_told_in_one_line() {
     let import = ["data", "import", "--from", "acdc", "--in", "ACDC", "--all-frames", "--out"];
     succeed(&cpcr(folder.path(), &[&import[..], &["data"]].concat()));
     let info = json(&cpcr(folder.path(), &["data", "info", "--json", "data"]));
-    assert_eq!((info["format"].as_u64(), info["channels"].as_u64()), (Some(1), Some(1)));
+    assert_eq!((info["format"].as_u64(), info["channels"].as_u64()), (Some(4), Some(1)));
     let train = &info["splits"]["train"];
     assert_eq!((train["volumes"].as_u64(), train["labelled_volumes"].as_u64()), (Some(6), Some(4)));
 

@@ -31,7 +31,7 @@ for root in sys.argv[1:]:
 "#;
 
 /// Volumes of three channels and several shapes, some without labels, slices from back to front; the last
-/// ones in volume tables, over several shards.
+/// ones in volume tables, over several shards. Volumes 2 and 3 have few distinct values, the latter more than 256.
 fn three_channels(folder: &Path) {
     let mut options = WriteOptions::new("three", &["background", "one", "two"]);
     options.channels = ["T1", "T2", "FLAIR"].map(str::to_owned).to_vec();
@@ -42,12 +42,19 @@ fn three_channels(folder: &Path) {
     futures::executor::block_on(async {
         for number in 0..7_u32 {
             let labelled = number < 2 || number == 6;
-            let shape = (3 + number as usize, 5);
+            let (shape, steps) = match number {
+                2 => ((5, 5), Some(4.0)),
+                3 => ((40, 30), Some(200.0)),
+                _ => ((3 + number as usize, 5), None),
+            };
+            let rounded = |value: f32| steps.map_or(value, |steps: f32| (value * steps).round());
             let pixels = shape.0 * shape.1;
             let slice = |slice: u32| NewSlice {
                 slice,
                 shape,
-                image: (0..3 * pixels).map(|at| (at as f32 + 0.3 * slice as f32).cos()).collect(),
+                image: (0..3 * pixels)
+                    .map(|at| rounded((at as f32 + 0.3 * slice as f32).cos()))
+                    .collect(),
                 label: labelled.then(|| (0..pixels).map(|at| (at % 3) as u8).collect()),
             };
             let volume = NewVolume {
@@ -62,6 +69,10 @@ fn three_channels(folder: &Path) {
         }
         let manifest = writer.finish().await.unwrap();
         assert_eq!((manifest.tables.len(), manifest.shards.len()), (2, 6));
+        assert_eq!(
+            (manifest.format, manifest.shards.iter().filter(|s| s.palettes).count()),
+            (4, 2)
+        );
     });
 }
 

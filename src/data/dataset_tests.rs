@@ -109,7 +109,7 @@ fn volumes_come_back_in_anatomical_order() {
     assert!(matches!(dataset.load_volume(VolumeId(9)), Err(DataError::Unusable(_))));
 }
 
-/// Two slices of `channels` channels, each pixel saying its slice and its channel.
+/// Two slices of `channels` channels, each pixel saying its slice, its channel and its place.
 fn with_channels(channels: &[&str]) -> (Manifest, Arc<MemoryObjects>) {
     let objects = Arc::new(MemoryObjects::default());
     let mut options = WriteOptions::new("test", &["background", "heart"]);
@@ -118,7 +118,9 @@ fn with_channels(channels: &[&str]) -> (Manifest, Arc<MemoryObjects>) {
     let slice = |n: u32| NewSlice {
         slice: n,
         shape: (3, 2),
-        image: (0..channels.len().max(1) * 6).map(|at| (n * 10) as f32 + (at / 6) as f32).collect(),
+        image: (0..channels.len().max(1) * 6)
+            .map(|at| (n * 10) as f32 + (at / 6) as f32 + (at % 6) as f32 / 10.0)
+            .collect(),
         label: None,
     };
     let mut volume = volume("a1", Split::Train, 2, false);
@@ -137,7 +139,8 @@ fn channels_come_back_in_their_order_and_one_is_format_1_still() {
     let dataset = Dataset::open(objects).unwrap();
     let volume = dataset.load_volume(VolumeId(0)).unwrap();
     assert_eq!((volume.shape, volume.channels), ([2, 3, 2], 3));
-    let want = [0.0, 1.0, 2.0, 10.0, 11.0, 12.0].map(|value: f32| [value; 6]).concat();
+    let pixels = |first: f32| [0.0, 1.0, 2.0, 3.0, 4.0, 5.0].map(|pixel: f32| first + pixel / 10.0);
+    let want = [0.0, 1.0, 2.0, 10.0, 11.0, 12.0].map(pixels).concat();
     assert_eq!(volume.slices, want);
     assert_eq!(info(&dataset).unwrap().channel_names, ["T1", "T2", "FLAIR"]);
     for (names, field) in [(&[][..], false), (&["T1"], true)] {

@@ -21,9 +21,9 @@ use super::tables::{self, VolumeTable};
 use crate::types::ObjectDigest;
 
 /// The newest format this program reads. What an older one can mean is still written as it was, byte for
-/// byte: images of one channel as format 1, those of several as format 2. Format 3 has volume tables.
-/// An older program refuses what it does not know by name.
-pub const FORMAT: u32 = 3;
+/// byte: images of one channel as format 1, those of several as format 2. Format 3 has volume tables, format 4
+/// palettes. An older program refuses what it does not know by name.
+pub const FORMAT: u32 = 4;
 
 /// The oldest format with [`VolumeTable`]s.
 pub(crate) const FORMAT_TABLES: u32 = 3;
@@ -31,9 +31,16 @@ pub(crate) const FORMAT_TABLES: u32 = 3;
 /// The most channels that an image has.
 pub const CHANNELS_MAX: usize = 64;
 
-/// The oldest format in which images of `channels` channels can be written.
-pub(crate) fn format_for(channels: usize) -> u32 {
-    if channels > 1 { 2 } else { 1 }
+/// The oldest format with images as values and places among them.
+const FORMAT_PALETTES: u32 = 4;
+
+/// The oldest format in which images of `channels` channels can be written, some of them with `palettes`.
+pub(crate) fn format_for(channels: usize, palettes: bool) -> u32 {
+    match (palettes, channels) {
+        (true, _) => FORMAT_PALETTES,
+        (false, 2..) => 2,
+        (false, _) => 1,
+    }
 }
 
 /// Where the manifest lies within a dataset.
@@ -128,6 +135,9 @@ pub struct ShardEntry {
     pub index: String,
     /// Length and hash of the index.
     pub index_digest: ObjectDigest,
+    /// Whether it has images as values and places among them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub palettes: bool,
 }
 
 /// `manifest.json`.
@@ -314,8 +324,11 @@ impl Manifest {
         if self.channels.len() > CHANNELS_MAX {
             return Err(format!("{} channels, not 1..={CHANNELS_MAX}", self.channels.len()));
         }
-        if self.format < format_for(self.channels.len()) {
+        if self.format < format_for(self.channels.len(), false) {
             return Err(format!("{} channels in format {}", self.channels.len(), self.format));
+        }
+        if self.format < FORMAT_PALETTES && self.shards.iter().any(|shard| shard.palettes) {
+            return Err(format!("palettes in format {}", self.format));
         }
         if !self.tables.is_empty() && self.format < FORMAT_TABLES {
             return Err(format!("volume tables in format {}", self.format));

@@ -24,6 +24,7 @@ fn shard(split: Split, rows: u64) -> ShardEntry {
         rows,
         index: format!("shards/{split}-00000.index.json"),
         index_digest: digest,
+        palettes: false,
     }
 }
 
@@ -66,8 +67,8 @@ fn it_survives_a_round_trip_and_names_its_pools() {
 
 #[test]
 fn a_newer_format_is_refused_by_name_even_if_it_does_not_parse() {
-    let error = Manifest::parse(br#"{"format": 4, "fields": "unknown"}"#).unwrap_err();
-    assert!(matches!(error, DataError::NewerFormat { found: 4, supported: 3, .. }), "{error}");
+    let error = Manifest::parse(br#"{"format": 5, "fields": "unknown"}"#).unwrap_err();
+    assert!(matches!(error, DataError::NewerFormat { found: 5, supported: 4, .. }), "{error}");
 }
 
 #[test]
@@ -78,5 +79,7 @@ fn what_does_not_add_up_is_refused() {
     assert!(refused(|m| m.volumes[1].name = "a1".into()).contains("two volumes"));
     assert!(refused(|m| m.shards[0].rows = 9).contains("rows"));
     assert!(refused(|m| m.block_rows = 0).contains("block_rows"));
+    let older = |m: &mut Manifest| (m.format, m.shards[0].palettes) = (3, true);
+    assert!(refused(older).contains("palettes in format 3"));
     assert!(Manifest::parse(b"[]").is_err());
 }

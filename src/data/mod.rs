@@ -15,6 +15,7 @@ pub mod loader;
 pub mod manifest;
 pub mod nifti;
 pub mod order;
+mod palette;
 pub mod permutation;
 pub mod preprocess;
 pub mod report;

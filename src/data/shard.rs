@@ -2,11 +2,13 @@
 //!
 //! A row is a slice: `volume`, `slice`, `height`, `width`, `dtype`, `image` and `label` (bytes, row
 //! by row, little-endian; `label` null where there is none). Images of several channels, one after
-//! the other in `image`, have a last column `channels`. zstd, no dictionaries: pixels do not
-//! repeat. A row group decodes from its own bytes and the footer, which is what `Parts` offers
-//! to the Parquet reader in place of a file. Its pixels are copied once, out of the compressed bytes:
-//! a decoded row is a view into its row group, and keeps it in memory.
+//! the other in `image`, have a column `channels`. A shard in which images have few distinct values has a
+//! last column `palette`: of those rows the values, `image` being places among them. zstd, no dictionaries of
+//! Parquet's: whole images do not repeat. A row group decodes from its own bytes and the footer, which is
+//! what `Parts` offers to the Parquet reader in place of a file. Its pixels are copied once, out of the
+//! compressed bytes or by their palette: a decoded row is a view into its row group, and keeps it in memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
@@ -31,10 +33,14 @@ use parquet::file::reader::{ChunkReader, Length};
 use super::augment::Shape;
 use super::error::DataError;
 use super::manifest::{CHANNELS_MAX, GroupEntry, ShardIndex, format_for};
+use super::palette::{self, Palette};
 use crate::types::ObjectDigest;
 
-/// The only element type of stored images so far.
-const DTYPE: &str = "f32";
+/// What `dtype` says of an image that is floats.
+const FLOATS: &str = "f32";
+
+/// What it says of places in a palette, of one byte and of two.
+const PLACES: [&str; 2] = ["p8", "p16"];
 
 /// No slice is larger: 64 Mi pixels, over all its channels.
 pub(crate) const MAX_SLICE_PIXELS: usize = 1 << 26;
@@ -73,6 +79,8 @@ pub struct EncodedShard {
     pub bytes: Bytes,
     /// Where its parts lie.
     pub index: ShardIndex,
+    /// Whether it has the column `palette`.
+    pub palettes: bool,
 }
 
 /// Whether a row's label is decoded.
@@ -84,24 +92,22 @@ pub enum Labels {
     Skip,
 }
 
-/// The columns of a shard as they are written.
-fn schema(channels: usize) -> Arc<Schema> {
-    schema_of(channels, &DataType::Binary)
-}
-
-/// The columns of a shard, its pixels being of Arrow's type `pixels`.
-fn schema_of(channels: usize, pixels: &DataType) -> Arc<Schema> {
+/// The columns of a shard of images of `channels` channels, all bytes being of Arrow's type `bytes`.
+fn schema(channels: usize, palettes: bool, bytes: &DataType) -> Arc<Schema> {
     let mut columns = vec![
         Field::new("volume", DataType::UInt32, false),
         Field::new("slice", DataType::UInt32, false),
         Field::new("height", DataType::UInt32, false),
         Field::new("width", DataType::UInt32, false),
         Field::new("dtype", DataType::Utf8, false),
-        Field::new("image", pixels.clone(), false),
-        Field::new("label", pixels.clone(), true),
+        Field::new("image", bytes.clone(), false),
+        Field::new("label", bytes.clone(), true),
     ];
     if channels > 1 {
         columns.push(Field::new("channels", DataType::UInt32, false));
+    }
+    if palettes {
+        columns.push(Field::new("palette", bytes.clone(), true));
     }
     Arc::new(Schema::new(columns))
 }
@@ -123,12 +129,15 @@ pub fn encode(
         .set_offset_index_disabled(true)
         .set_max_row_group_row_count(Some(block_rows))
         .build();
+    let images: Vec<StoredImage> = rows.iter().map(StoredImage::of).collect();
+    let palettes = images.iter().any(|image| image.palette.is_some());
+    let columns = schema(channels, palettes, &DataType::Binary);
     let mut bytes = Vec::new();
     let mut writer =
-        ArrowWriter::try_new(&mut bytes, schema(channels), Some(properties)).map_err(bad)?;
-    for block in rows.chunks(block_rows) {
+        ArrowWriter::try_new(&mut bytes, Arc::clone(&columns), Some(properties)).map_err(bad)?;
+    for (block, images) in rows.chunks(block_rows).zip(images.chunks(block_rows)) {
         // What Arrow's 32-bit offsets can tell apart; it would panic.
-        let image_bytes: usize = block.iter().map(|row| row.image.len() * size_of::<f32>()).sum();
+        let image_bytes: usize = images.iter().map(|image| image.bytes.len()).sum();
         if image_bytes > i32::MAX as usize {
             let why = format!(
                 "{} slices of {image_bytes} bytes are no block: take fewer rows (--block-rows)",
@@ -136,38 +145,63 @@ pub fn encode(
             );
             return Err(DataError::invalid(object, why));
         }
-        let batch = to_batch(block, channels).map_err(|error| DataError::invalid(object, error))?;
+        let batch = to_batch(block, images, Arc::clone(&columns))
+            .map_err(|error| DataError::invalid(object, error))?;
         writer.write(&batch).map_err(bad)?;
         writer.flush().map_err(bad)?;
     }
     let metadata = writer.close().map_err(bad)?;
     let bytes = Bytes::from(bytes);
-    let index = index_of(object, &bytes, &metadata, format_for(channels))?;
-    Ok(EncodedShard { bytes, index })
+    let index = index_of(object, &bytes, &metadata, format_for(channels, palettes))?;
+    Ok(EncodedShard { bytes, index, palettes })
 }
 
-fn to_batch(rows: &[SliceRow], channels: usize) -> Result<RecordBatch, arrow_schema::ArrowError> {
+/// An image as its columns hold it.
+struct StoredImage {
+    dtype: &'static str,
+    bytes: Vec<u8>,
+    palette: Option<Vec<u8>>,
+}
+
+impl StoredImage {
+    fn of(row: &SliceRow) -> Self {
+        let bytes_of =
+            |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        match Palette::of(&row.image) {
+            Some(Palette { values, planes }) => {
+                let dtype = PLACES[usize::from(values.len() > 256)];
+                Self { dtype, bytes: planes, palette: Some(bytes_of(&values)) }
+            }
+            None => Self { dtype: FLOATS, bytes: bytes_of(&row.image), palette: None },
+        }
+    }
+}
+
+fn to_batch(
+    rows: &[SliceRow],
+    images: &[StoredImage],
+    columns: Arc<Schema>,
+) -> Result<RecordBatch, arrow_schema::ArrowError> {
     let numbers = |of: fn(&SliceRow) -> u32| -> ArrayRef {
         Arc::new(rows.iter().map(|row| Some(of(row))).collect::<UInt32Array>())
     };
-    let images: Vec<Vec<u8>> = rows
-        .iter()
-        .map(|row| row.image.iter().flat_map(|value| value.to_le_bytes()).collect())
-        .collect();
-    let labels: Vec<Option<&[u8]>> = rows.iter().map(|row| row.label.as_deref()).collect();
-    let mut columns: Vec<ArrayRef> = vec![
-        numbers(|row| row.volume),
-        numbers(|row| row.slice),
-        numbers(|row| row.shape.0 as u32),
-        numbers(|row| row.shape.1 as u32),
-        Arc::new(StringArray::from(vec![DTYPE; rows.len()])),
-        Arc::new(BinaryArray::from_iter_values(&images)),
-        Arc::new(BinaryArray::from_opt_vec(labels)),
-    ];
-    if channels > 1 {
-        columns.push(numbers(|row| row.channels as u32));
-    }
-    RecordBatch::try_new(schema(channels), columns)
+    let of_column = |field: &Arc<Field>| -> ArrayRef {
+        match field.name().as_str() {
+            "volume" => numbers(|row| row.volume),
+            "slice" => numbers(|row| row.slice),
+            "height" => numbers(|row| row.shape.0 as u32),
+            "width" => numbers(|row| row.shape.1 as u32),
+            "channels" => numbers(|row| row.channels as u32),
+            "dtype" => Arc::new(StringArray::from_iter_values(images.iter().map(|i| i.dtype))),
+            "image" => Arc::new(BinaryArray::from_iter_values(images.iter().map(|i| &i.bytes))),
+            "label" => {
+                Arc::new(rows.iter().map(|row| row.label.as_deref()).collect::<BinaryArray>())
+            }
+            _ => Arc::new(images.iter().map(|i| i.palette.as_deref()).collect::<BinaryArray>()),
+        }
+    };
+    let arrays = columns.fields().iter().map(of_column).collect();
+    RecordBatch::try_new(columns, arrays)
 }
 
 /// The byte ranges of the row groups, from the metadata just written.
@@ -258,12 +292,15 @@ impl ShardFooter {
         if metadata.metadata().num_row_groups() != index.groups.len() {
             return Err(DataError::invalid(&index.object, "its index has other row groups"));
         }
-        let known = [1, 2].into_iter().find(|c| metadata.schema().fields() == schema(*c).fields());
-        let channels = known.ok_or_else(|| {
+        let found = metadata.schema().fields();
+        let known = [(1, false), (2, false), (1, true), (2, true)]
+            .into_iter()
+            .find(|(channels, p)| found == schema(*channels, *p, &DataType::Binary).fields());
+        let (channels, palettes) = known.ok_or_else(|| {
             DataError::invalid(&index.object, "its columns are not those of a shard")
         })?;
         // Views into the decompressed pages: the other type would copy every pixel.
-        let views = schema_of(channels, &DataType::BinaryView);
+        let views = schema(channels, palettes, &DataType::BinaryView);
         let options = ArrowReaderOptions::new().with_schema(views);
         let metadata = ArrowReaderMetadata::try_new(Arc::clone(metadata.metadata()), options)
             .map_err(|error| DataError::invalid(&index.object, error))?;
@@ -294,9 +331,7 @@ impl ShardFooter {
         let mut rows = Vec::with_capacity(entry.rows as usize);
         for batch in reader {
             let batch = batch.map_err(|error| bad(&error))?;
-            for row in 0..batch.num_rows() {
-                rows.push(row_of(&batch, row).map_err(|why| bad(&why))?);
-            }
+            rows.extend(rows_of(&batch).map_err(|why| bad(&why))?);
         }
         if rows.len() as u64 != entry.rows {
             return Err(bad(&"a row group does not have the rows its index says"));
@@ -305,33 +340,80 @@ impl ShardFooter {
     }
 }
 
-fn row_of(batch: &RecordBatch, row: usize) -> Result<SliceRow, String> {
-    let number = |column: usize| batch.column(column).as_primitive::<UInt32Type>().value(row);
-    let shape = (number(2) as usize, number(3) as usize);
-    let dtype = batch.column(4).as_string::<i32>().value(row);
-    if dtype != DTYPE {
-        return Err(format!("images of type `{dtype}` are not known"));
+fn rows_of(batch: &RecordBatch) -> Result<Vec<SliceRow>, String> {
+    let frames = (0..batch.num_rows()).map(|row| frame_of(batch, row));
+    let frames = frames.collect::<Result<Vec<_>, String>>()?;
+    let images = images_of(batch, &frames)?;
+    let labels = batch.column_by_name("label").map(|labels| labels.as_binary_view());
+    let number = |column: usize, row| batch.column(column).as_primitive::<UInt32Type>().value(row);
+    let row_of = |(row, ((channels, shape), image)): (usize, ((usize, Shape), _))| {
+        let labels = labels.filter(|labels| labels.is_valid(row));
+        let label = labels.map(|labels| value_of(labels, row));
+        if label.as_ref().is_some_and(|label| label.len() != shape.0 * shape.1) {
+            return Err(format!("a label is not of shape {shape:?}"));
+        }
+        let (volume, slice) = (number(0, row), number(1, row));
+        Ok(SliceRow { volume, slice, channels, shape, image, label })
+    };
+    frames.into_iter().zip(images).enumerate().map(row_of).collect()
+}
+
+/// Channels and shape of `row`'s image, of no more values than an image has.
+fn frame_of(batch: &RecordBatch, row: usize) -> Result<(usize, Shape), String> {
+    let number = |column: &ArrayRef| column.as_primitive::<UInt32Type>().value(row) as usize;
+    let shape = (number(batch.column(2)), number(batch.column(3)));
+    let channels = batch.column_by_name("channels").map_or(1, number);
+    let values = shape.0.saturating_mul(shape.1).saturating_mul(channels);
+    if !(1..=CHANNELS_MAX).contains(&channels) || !(1..=MAX_SLICE_PIXELS).contains(&values) {
+        return Err(format!("an image has {channels} channels of {shape:?}"));
     }
-    let channels = batch.column_by_name("channels");
-    let channels =
-        channels.map_or(1, |column| column.as_primitive::<UInt32Type>().value(row) as usize);
-    let pixels = shape.0.saturating_mul(shape.1);
-    let values = pixels.saturating_mul(channels);
-    let image = value_of(batch.column(5).as_binary_view(), row);
-    if !(1..=CHANNELS_MAX).contains(&channels)
-        || !(1..=MAX_SLICE_PIXELS).contains(&values)
-        || image.len() != values * size_of::<f32>()
-    {
-        let bytes = image.len();
-        return Err(format!("{bytes} bytes are no image of {channels} channels of {shape:?}"));
+    Ok((channels, shape))
+}
+
+/// The images of `batch`: views into it, or into memory of their own, together, where they are places in a palette.
+fn images_of(
+    batch: &RecordBatch,
+    frames: &[(usize, Shape)],
+) -> Result<Vec<ScalarBuffer<f32>>, String> {
+    /// Where an image's values are.
+    enum Values {
+        There(ScalarBuffer<f32>),
+        Placed(Range<usize>),
     }
-    let labels = batch.column_by_name("label").filter(|labels| labels.is_valid(row));
-    let label = labels.map(|labels| value_of(labels.as_binary_view(), row));
-    if label.as_ref().is_some_and(|label| label.len() != pixels) {
-        return Err(format!("a label is not of shape {shape:?}"));
+    let (dtypes, images) = (batch.column(4).as_string::<i32>(), batch.column(5).as_binary_view());
+    let palettes = batch.column_by_name("palette").map(|palettes| palettes.as_binary_view());
+    let palette_of = |row| palettes.filter(|palettes| palettes.is_valid(row));
+    // A pixel has at least a byte, so that this is no more than four times what is in memory already.
+    let values = |row| images.value(row).len() / if dtypes.value(row) == PLACES[1] { 2 } else { 1 };
+    let placed = (0..frames.len()).filter(|row| palette_of(*row).is_some()).map(values).sum();
+    let mut placed = Vec::with_capacity(placed);
+    let mut found = Vec::with_capacity(frames.len());
+    for (row, (channels, shape)) in frames.iter().enumerate() {
+        let bytes = value_of(images, row);
+        let values = channels * shape.0 * shape.1;
+        found.push(match (dtypes.value(row), palette_of(row)) {
+            (FLOATS, None) if bytes.len() == values * size_of::<f32>() => {
+                Values::There(floats(&bytes))
+            }
+            (dtype, Some(palettes)) if PLACES.contains(&dtype) => {
+                let start = placed.len();
+                palette::append(&mut placed, palettes.value(row), &bytes, values)?;
+                Values::Placed(start..placed.len())
+            }
+            (dtype, palette) => {
+                let (bytes, with) = (bytes.len(), if palette.is_some() { "with" } else { "without" });
+                return Err(format!(
+                    "{bytes} bytes of `{dtype}`, {with} palette, are no image of {channels} channels of {shape:?}"
+                ));
+            }
+        });
     }
-    let (volume, slice) = (number(0), number(1));
-    Ok(SliceRow { volume, slice, channels, shape, image: floats(&image), label })
+    let placed = ScalarBuffer::from(placed);
+    let whole = |values| match values {
+        Values::There(image) => image,
+        Values::Placed(range) => placed.slice(range.start, range.len()),
+    };
+    Ok(found.into_iter().map(whole).collect())
 }
 
 /// The bytes of `row`, without a copy unless they are few.
@@ -355,72 +437,5 @@ fn floats(bytes: &Buffer) -> ScalarBuffer<f32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rows(count: u32, channels: usize) -> Vec<SliceRow> {
-        (0..count)
-            .map(|n| {
-                let shape = (3 + n as usize % 4, 5);
-                let pixels = shape.0 * shape.1;
-                SliceRow {
-                    volume: n / 4,
-                    slice: n % 4,
-                    channels,
-                    shape,
-                    image: (0..channels * pixels).map(|p| (p as f32 + n as f32).sin()).collect(),
-                    label: (n % 3 != 0).then(|| vec![n as u8; pixels].into()),
-                }
-            })
-            .collect()
-    }
-
-    #[test]
-    fn each_row_group_decodes_from_its_own_range_and_the_footer() {
-        for (channels, format) in [(1, 1), (3, 2)] {
-            let rows = rows(11, channels);
-            let shard = encode("shards/x.parquet", &rows, 4, 1).unwrap();
-            assert_eq!(shard.index.format, format);
-            let sizes: Vec<u64> = shard.index.groups.iter().map(|group| group.rows).collect();
-            assert_eq!(sizes, [4, 4, 3]);
-            let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
-            let footer = ShardFooter::parse(&shard.index, footer).unwrap();
-            for (number, group) in shard.index.groups.iter().enumerate() {
-                let start = group.offset as usize;
-                let bytes = shard.bytes.slice(start..start + group.digest.bytes as usize);
-                assert!(group.digest.matches(&bytes));
-                let decoded = footer.decode(number, group, bytes.clone(), Labels::Decode).unwrap();
-                let mut expected = rows[number * 4..(number * 4 + 4).min(11)].to_vec();
-                assert_eq!(decoded, expected);
-                expected.iter_mut().for_each(|row| row.label = None);
-                assert_eq!(footer.decode(number, group, bytes, Labels::Skip).unwrap(), expected);
-            }
-        }
-    }
-
-    #[test]
-    fn an_image_that_is_not_its_channels_is_an_error() {
-        for channels in [0, 2, 4, 1 << 31] {
-            let mut rows = rows(2, 3);
-            rows[1].channels = channels;
-            let shard = encode("shards/x.parquet", &rows, 4, 1).unwrap();
-            let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
-            let footer = ShardFooter::parse(&shard.index, footer).unwrap();
-            let group = &shard.index.groups[0];
-            let bytes =
-                shard.bytes.slice(group.offset as usize..shard.index.footer_offset as usize);
-            let error = footer.decode(0, group, bytes, Labels::Decode).unwrap_err().to_string();
-            assert!(error.contains(&format!("{channels} channels")), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_foreign_footer_is_an_error() {
-        let shard = encode("shards/x.parquet", &rows(4, 1), 4, 1).unwrap();
-        let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
-        assert!(ShardFooter::parse(&shard.index, footer.slice(1..)).is_err());
-        let mut index = shard.index.clone();
-        index.groups.clear();
-        assert!(ShardFooter::parse(&index, footer).is_err());
-    }
-}
+#[path = "shard_tests.rs"]
+mod tests;

@@ -157,7 +157,8 @@ impl Store {
         Ok(Fetched::Bytes(bytes))
     }
 
-    /// One attempt; and when it is much later than usual, another beside it. The first answer counts.
+    /// One attempt; and when it is much later than usual, another beside it, and one more if that is refused.
+    /// The first answer counts.
     async fn raced(
         &self,
         engine: &dyn ObjectStore,
@@ -180,33 +181,37 @@ impl Store {
                 return ended;
             }
         }
-        if !counters.may_hedge() {
-            return first.await;
+        let mut pause = PAUSE_MIN;
+        while counters.may_hedge() {
+            let second_note = Note::new();
+            let second = self.attempt(engine, location, wanted, &second_note);
+            tokio::pin!(second);
+            let refused = tokio::select! {
+                ended = first.as_mut() => match ended {
+                    Err(Ending::Fault(fault)) => {
+                        self.count(&fault, location, wanted);
+                        return second.await;
+                    }
+                    ended => return ended,
+                },
+                ended = second.as_mut() => match ended {
+                    Err(Ending::Fault(fault)) => fault,
+                    ended => {
+                        counters.hedge_won();
+                        let late = note.answer().map_or(FaultKind::Stall, |_| FaultKind::Trickle);
+                        counters.fault(late, location.as_ref(), wanted.offset(), "a second request overtook it");
+                        return ended;
+                    }
+                },
+            };
+            // The first may still come, or never: neither to be waited for alone nor to be given up.
+            self.count(&refused, location, wanted);
+            pause = next_pause(pause).max(refused.retry_after.unwrap_or_default());
+            if let Ok(ended) = timeout(pause, first.as_mut()).await {
+                return ended;
+            }
         }
-        let second_note = Note::new();
-        let second = self.attempt(engine, location, wanted, &second_note);
-        tokio::pin!(second);
-        tokio::select! {
-            ended = first.as_mut() => match ended {
-                Err(Ending::Fault(fault)) => {
-                    self.count(&fault, location, wanted);
-                    second.await
-                }
-                ended => ended,
-            },
-            ended = second.as_mut() => match ended {
-                Err(Ending::Fault(fault)) => {
-                    self.count(&fault, location, wanted);
-                    first.await
-                }
-                ended => {
-                    counters.hedge_won();
-                    let late = note.answer().map_or(FaultKind::Stall, |_| FaultKind::Trickle);
-                    counters.fault(late, location.as_ref(), wanted.offset(), "a second request overtook it");
-                    ended
-                }
-            },
-        }
+        first.await
     }
 
     /// One request, bounded in every phase.

@@ -308,7 +308,9 @@ fn manifest_of(
 ) -> Manifest {
     // Within a split they are in order already, whatever their numbers look like as text.
     shards.sort_by_key(|shard| shard.split);
-    let format = if tables.is_empty() { format_for(options.channels.len()) } else { FORMAT_TABLES };
+    let palettes = shards.iter().any(|shard| shard.palettes);
+    let tables_format = if tables.is_empty() { 1 } else { FORMAT_TABLES };
+    let format = format_for(options.channels.len(), palettes).max(tables_format);
     Manifest {
         format,
         name: options.name.clone(),
@@ -382,6 +384,7 @@ fn encode_shard(
         rows: rows.len() as u64,
         index,
         index_digest: ObjectDigest::of(&index_bytes),
+        palettes: encoded.palettes,
     };
     Ok((shard, encoded.bytes, index_bytes.into()))
 }

@@ -97,8 +97,21 @@ fn a_stop_checkpoints_exits_75_and_the_same_command_goes_on_with_fewer_workers_t
     assert_eq!(evaluate(&["--run", "run", "--step", "newest"]).status.code(), Some(2));
 }
 
-/// Kills one process of a run of up to two workers; the run must come through without going back. What it said.
-fn survives_the_death_of(nodes: &str, victims: impl Fn(&Path, u32) -> Vec<i32>) -> String {
+/// The records of a run's folder `name`, in the order of their names.
+fn records(run: &Path, name: &str) -> Vec<serde_json::Value> {
+    let Ok(entries) = std::fs::read_dir(run.join(name)) else { return Vec::new() };
+    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    let read = |path| serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    paths.into_iter().map(read).collect()
+}
+
+/// Kills one process of a run of up to two workers; the run must come through without going back. What it said,
+/// and its verdicts.
+fn survives_the_death_of(
+    nodes: &str,
+    victims: impl Fn(&Path, u32) -> Vec<i32>,
+) -> (String, Vec<serde_json::Value>) {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let set = ["train.iterations=150", "checkpoint.every=50"];
@@ -119,7 +132,12 @@ fn survives_the_death_of(nodes: &str, victims: impl Fn(&Path, u32) -> Vec<i32>) 
     assert!(report["lineages"].as_u64() >= Some(2), "{report}");
     let left = processes(&folder.path().display().to_string());
     assert!(left.is_empty(), "left behind: {left:?}");
-    told
+    for account in records(&folder.path().join("run"), "goodput") {
+        let parts = account["parts_s"].as_object().unwrap().values();
+        let sum: f64 = parts.map(|part| part.as_f64().unwrap()).sum();
+        assert!((sum - account["wall_s"].as_f64().unwrap()).abs() < 1e-6, "{account}");
+    }
+    (told, records(&folder.path().join("run"), "interruptions"))
 }
 
 fn trainers(folder: &Path) -> Vec<i32> {
@@ -128,12 +146,24 @@ fn trainers(folder: &Path) -> Vec<i32> {
 
 #[test]
 fn a_killed_trainer_costs_no_step_but_the_one_in_flight() {
-    survives_the_death_of("2", |folder, _| trainers(folder));
+    let (_, verdicts) = survives_the_death_of("2", |folder, _| trainers(folder));
+    let [verdict] = &verdicts[..] else { panic!("{verdicts:?}") };
+    let cause = &verdict["cause"];
+    assert_eq!(
+        (&cause["kind"], &cause["status"]),
+        (&"trainer-killed".into(), &137.into()),
+        "{verdict}"
+    );
+    assert!(cause["doing"].as_str().unwrap().starts_with("training, "), "{verdict}");
+    let victims = verdict["victims"].as_array().unwrap();
+    assert!(victims.len() == 1 && victims[0]["rank"] != cause["rank"], "{verdict}");
+    assert!(verdict["next"][0].as_u64() > verdict["generation"].as_u64(), "{verdict}");
+    assert!(verdict["step_s"].as_f64().is_some(), "{verdict}");
 }
 
 #[test]
 fn where_one_is_enough_it_goes_on_alone_and_the_other_joins_again() {
-    let told = survives_the_death_of("1:2", |folder, _| trainers(folder));
+    let (told, _) = survives_the_death_of("1:2", |folder, _| trainers(folder));
     assert!(told.contains(" joins"), "{told}");
 }
 
@@ -142,7 +172,7 @@ fn where_one_is_enough_it_goes_on_alone_and_the_other_joins_again() {
 fn a_frozen_trainer_is_found_and_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
-    let set = ["train.iterations=100", "checkpoint.every=100"];
+    let set = ["train.iterations=100", "checkpoint.every=100", "recovery.target_s=4"];
     let mut child = launch(folder.path(), &data, "run", 2, &set).spawn().unwrap();
     wait_for_a_step(&mut child);
     signal(trainers(folder.path())[0], rustix::process::Signal::STOP);
@@ -151,18 +181,24 @@ fn a_frozen_trainer_is_found_and_replaced() {
     let told = text(&output.stderr);
     assert!(told.contains("(by its agent)") && !told.contains("resumed at step"), "{told}");
     assert_eq!(audited(&folder.path().join("run"))["samples"], 200);
+    let verdicts = records(&folder.path().join("run"), "interruptions");
+    assert_eq!(verdicts[0]["cause"]["kind"], "trainer-frozen", "{verdicts:?}");
+    assert!(verdicts[0]["detect_s"].as_f64() >= Some(3.0), "it was alive till then: {verdicts:?}");
 }
 
 #[test]
 fn a_killed_agent_is_started_again() {
-    survives_the_death_of("2", |folder, _| {
+    let (_, verdicts) = survives_the_death_of("2", |folder, _| {
         processes(&format!("--node=1 --run={}", folder.join("run").display()))
     });
+    let kind = verdicts[0]["cause"]["kind"].as_str().unwrap();
+    assert!(["agent-lost", "agent-replaced"].contains(&kind), "{verdicts:?}");
+    assert_eq!(verdicts[0]["cause"]["node"], 1, "{verdicts:?}");
 }
 
 #[test]
 fn a_killed_coordinator_stops_nothing_and_the_next_takes_over() {
-    let told = survives_the_death_of("2", |_, launcher| {
+    let (told, verdicts) = survives_the_death_of("2", |_, launcher| {
         let parent = format!("PPid:\t{launcher}\n");
         let mut found = processes(" coordinator --listen");
         found.retain(|pid| {
@@ -172,6 +208,7 @@ fn a_killed_coordinator_stops_nothing_and_the_next_takes_over() {
         found
     });
     assert!(told.contains("took over 2 workers in the midst of training"), "{told}");
+    assert!(verdicts.is_empty(), "no generation was lost: {verdicts:?}");
 }
 
 #[test]

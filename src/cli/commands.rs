@@ -17,7 +17,9 @@ use crate::checkpoint;
 use crate::config::{self, ConfigSource};
 use crate::coordinator::{LedgerPlace, events::Limits, service};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
-use crate::store::{S3ServerOptions, Store, StoreOptions, serve};
+use crate::store::{
+    FaultPlan, FaultProxy, InjectedFault, S3ServerOptions, Store, StoreOptions, serve,
+};
 use crate::types::NodeId;
 use crate::worker::{AgentOptions, ChildOptions, PARENT_VARIABLE, run_agent};
 
@@ -169,9 +171,6 @@ struct WorkerArguments {
     /// How long the coordinator may be out of reach, in seconds.
     #[arg(long, default_value_t = 20)]
     patience_s: u64,
-    /// How long a trainer may be without a pulse before it is killed, in seconds.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(3..))]
-    silence_s: u64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -188,6 +187,12 @@ struct S3Arguments {
     /// The one user's secret.
     #[arg(long, env = "AWS_SECRET_ACCESS_KEY")]
     secret_key: String,
+    /// For rehearsals: the share of requests that go wrong, in all ways that requests do.
+    #[arg(long, hide = true, default_value_t = 0.0)]
+    faults: f64,
+    /// Which of them.
+    #[arg(long, hide = true, default_value_t = 0)]
+    faults_seed: u64,
 }
 
 #[derive(Debug, Subcommand)]
@@ -262,7 +267,7 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         backend: a.backend.chosen(),
         restarts: config.recovery.restarts,
         wait: Duration::from_secs(config.recovery.wait_s),
-        heartbeat: Duration::from_secs(config.recovery.heartbeat_timeout_s),
+        heartbeat: config.recovery.silence(),
         start: START,
         progress: PROGRESS,
         grace: GRACE,
@@ -292,7 +297,6 @@ async fn worker(a: WorkerArguments) -> Result<i32, Failure> {
         gpus,
         child: ChildOptions { engine: sibling("cpcr-engine")?, logs: a.logs },
         patience: Duration::from_secs(a.patience_s),
-        silence: Duration::from_secs(a.silence_s),
     };
     run_agent(&options, super::signals::interrupted()).await.map_err(Failure::failed)
 }
@@ -301,8 +305,17 @@ async fn s3(a: S3Arguments) -> Result<i32, Failure> {
     let mut options = S3ServerOptions::on_loopback(a.dir, a.access_key, a.secret_key);
     options.listen = a.listen;
     let server = serve(options).await.map_err(Failure::failed)?;
-    announce(server.addr())?;
-    super::signals::interrupted().await;
+    if a.faults > 0.0 {
+        let each = a.faults / InjectedFault::ALL.len() as f64;
+        let plan = FaultPlan::seeded(a.faults_seed);
+        let plan = InjectedFault::ALL.into_iter().fold(plan, |plan, fault| plan.rate(fault, each));
+        let proxy = FaultProxy::start(server.addr(), plan).await.map_err(Failure::failed)?;
+        announce(proxy.addr())?;
+        super::signals::interrupted().await;
+    } else {
+        announce(server.addr())?;
+        super::signals::interrupted().await;
+    }
     server.shutdown().await;
     Ok(EXIT_DONE)
 }

@@ -12,6 +12,7 @@ use super::local::Family;
 use super::run::{self, BackendArgument, NodeRange, Resume, absolute};
 use super::{Failure, gpus, named, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
+use crate::coordinator::verdict::Goodput;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
 use crate::proto::{Doing, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
@@ -352,6 +353,11 @@ fn finish(plan: &Plan, status: i32, shown: &View, progress: Progress) {
         }),
     };
     progress.finish(&outcome, &shown.state);
+    if matches!(status, EXIT_DONE | EXIT_RESUMABLE)
+        && let Ok(goodput) = serde_json::from_str::<Goodput>(&shown.goodput)
+    {
+        tell(&goodput.to_string());
+    }
     if status == EXIT_DONE && !shown.dice.is_empty() {
         let width = shown.dice.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         tell("validation   Dice");
@@ -393,6 +399,8 @@ struct View {
     state: ProgressState,
     notes: usize,
     reason: String,
+    /// Where the time went, as JSON.
+    goodput: String,
     /// The last validation's Dice by class, the mean last.
     dice: Vec<(String, f64)>,
 }
@@ -407,6 +415,7 @@ impl View {
         }
         self.notes = status.notes.len();
         self.reason.clone_from(&status.reason);
+        self.goodput.clone_from(&status.goodput);
         let newest = serde_json::from_str(&status.progress);
         if let Ok(TrainerEvent::Step { step, terms, images_per_s, .. }) = &newest {
             self.state.step = step.0;

@@ -47,7 +47,7 @@ pub fn load(source: &ConfigSource, set: &[String]) -> Result<RunConfig, ConfigEr
     let mut figment = Figment::from(Serialized::defaults(RunConfig::default()));
     figment = match source {
         ConfigSource::Defaults => figment,
-        ConfigSource::Text(text) => figment.merge(Toml::string(text)),
+        ConfigSource::Text(text) => figment.merge(Toml::string(&without_retired(text))),
         ConfigSource::Named(name) => figment.merge(Toml::string(&named(name)?)),
     };
     // A run's own configuration is complete: a variable of one host must not make that rank another.
@@ -61,6 +61,23 @@ pub fn load(source: &ConfigSource, set: &[String]) -> Result<RunConfig, ConfigEr
         figment.extract().map_err(|error| ConfigError::Invalid(describe(&error)))?;
     config.validate()?;
     Ok(config)
+}
+
+/// Keys that runs of earlier releases have in their `config.toml`, and that mean nothing any more.
+const RETIRED: [(&str, &str); 2] =
+    [("recovery", "heartbeat_timeout_s"), ("recovery", "collective_timeout_s")];
+
+/// A run's own text without [`RETIRED`] keys.
+fn without_retired(text: &str) -> String {
+    let Ok(mut table) = text.parse::<toml::Table>() else {
+        return text.to_owned(); // whoever reads it says why
+    };
+    for (section, key) in RETIRED {
+        if let Some(toml::Value::Table(section)) = table.get_mut(section) {
+            section.remove(key);
+        }
+    }
+    table.to_string()
 }
 
 /// A preset's text, or else a file's.
@@ -100,6 +117,15 @@ fn describe(error: &figment::Error) -> String {
 mod tests {
     use super::*;
     use crate::config::{Method, Precision};
+
+    #[test]
+    fn a_run_of_an_earlier_release_keeps_its_configuration() {
+        let text = toml::to_string(&RunConfig::default()).unwrap();
+        let old =
+            text.replace("target_s = 8", "heartbeat_timeout_s = 9\ncollective_timeout_s = 30");
+        assert_ne!(text, old);
+        assert_eq!(load(&ConfigSource::Text(old), &[]).unwrap(), RunConfig::default());
+    }
 
     #[test]
     fn every_preset_loads() {

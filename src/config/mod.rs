@@ -170,6 +170,13 @@ impl RunConfig {
                 "at least 1, or nothing could be resumed",
             );
         }
+        if !(Recovery::TARGET_S_MIN..=3600).contains(&self.recovery.target_s) {
+            return fail(
+                "recovery.target_s",
+                self.recovery.target_s.to_string(),
+                "4 to 3600: signs of life come every second, and may be late",
+            );
+        }
         self.validate_loader()
     }
 
@@ -285,6 +292,8 @@ fn flatten(prefix: &str, table: &toml::Table, keys: &mut BTreeMap<String, String
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -304,6 +313,17 @@ mod tests {
             let told = config.validate().unwrap_err().to_string();
             assert!(told.contains("loader.threads"), "{told}");
         }
+    }
+
+    #[test]
+    fn one_number_says_how_patient_all_are_and_may_not_be_too_small() {
+        let mut config = RunConfig::default();
+        let recovery = &config.recovery;
+        assert!(recovery.silence() < Duration::from_secs(recovery.target_s));
+        assert!(recovery.collective() > Duration::from_secs(recovery.target_s));
+        config.recovery.target_s = 3;
+        let told = config.validate().unwrap_err().to_string();
+        assert!(told.contains("recovery.target_s = 3: 4 to 3600"), "{told}");
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! Plain data: what the values may be is checked by [`super::RunConfig::validate`].
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// Which training method; each is described where it is computed, in `method`.
@@ -242,9 +244,26 @@ section!(
         restarts: u32 = 3,
         /// Seconds that the run waits for missing members before it exits 75.
         wait_s: u64 = 25,
-        /// Seconds without a sign of life after which a member counts as lost.
-        heartbeat_timeout_s: u64 = 8,
-        /// Seconds after which a collective that makes no progress fails.
-        collective_timeout_s: u64 = 20,
+        /// Seconds within which training goes on after a process froze or a machine went dark; one that ends
+        /// is noticed at once. How long anything may be silent is derived from it.
+        target_s: u64 = 8,
     }
 );
+
+impl Recovery {
+    /// The smallest `target_s`: signs of life come every second, and must be allowed to be late.
+    pub const TARGET_S_MIN: u64 = 4;
+
+    /// How long an agent, or a trainer's pulse, may be silent: the rest of the time is for what follows.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        Duration::from_secs(self.target_s) * 3 / 4
+    }
+
+    /// How long a collective may make no progress: long enough for whoever is frozen to be killed first, so that
+    /// this ends only what nobody else has noticed.
+    #[must_use]
+    pub fn collective(&self) -> Duration {
+        Duration::from_secs(self.target_s) * 5 / 2
+    }
+}

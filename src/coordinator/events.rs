@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::verdict::{CauseKind, Verdict};
 use crate::ledger::Recorded;
 use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
@@ -51,6 +52,22 @@ pub struct Running {
     pub done: Option<Step>,
 }
 
+/// How a trainer gets on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// By a step.
+    Step {
+        /// So many are done.
+        done: Step,
+        /// Whether these are all: what is left to do needs no one more.
+        last: bool,
+    },
+    /// It validates.
+    Validating,
+    /// It waits for a checkpoint to be committed.
+    Saving,
+}
+
 /// What happens to the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -85,8 +102,8 @@ pub enum Event {
         node: NodeId,
         /// Of which generation.
         generation: Generation,
-        /// Steps done, if it was by a step.
-        done: Option<Step>,
+        /// By what.
+        progress: Progress,
     },
     /// A trainer is prepared, and waits for a generation.
     TrainerStandby {
@@ -127,6 +144,17 @@ pub enum Event {
         status: i32,
         /// What the agent saw, or what the trainer said.
         evidence: String,
+        /// What that is to be called.
+        kind: CauseKind,
+        /// What it was last heard to be at.
+        doing: String,
+    },
+    /// A generation has done all there is to do: rank 0's report is written, its last checkpoint committed.
+    Completed {
+        /// On which node.
+        node: NodeId,
+        /// Which one. It may not be the newest, which then has nothing left to do.
+        generation: Generation,
     },
     /// The ledger holds steps of a generation.
     Recorded(Recorded),
@@ -147,7 +175,7 @@ pub enum Event {
 }
 
 /// What the shell is to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
     /// Have a trainer join a generation, and start one if there is none.
     Start {
@@ -217,4 +245,6 @@ pub enum Effect {
     },
     /// A line for the user.
     Note(String),
+    /// What became of a loss, for the record.
+    Verdict(Box<Verdict>),
 }

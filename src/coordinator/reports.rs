@@ -2,8 +2,9 @@
 
 use tokio::sync::watch;
 
+use super::events::Progress;
 use super::records::Records;
-use crate::proto::{TrainerEvent, wire};
+use crate::proto::{Doing, TrainerEvent, wire};
 use crate::types::{Generation, Step};
 
 /// Notes kept in the status that watchers read.
@@ -17,8 +18,10 @@ pub(super) enum Said {
     Standby,
     /// It has lost one.
     Stranded { generation: Generation, done: Option<Step>, evidence: String },
-    /// It gets on, perhaps by a step.
-    Progress { done: Option<Step> },
+    /// It gets on.
+    Progress(Progress),
+    /// It has done all there is to do.
+    Completed { generation: Generation },
     /// More than the ledger's queue takes.
     TooMuch,
     /// Why it fails.
@@ -40,18 +43,21 @@ pub(super) fn relay(
         return Said::TooMuch;
     }
     match event {
-        Ok(TrainerEvent::Step { step, .. }) if report.rank == 0 => {
+        Ok(TrainerEvent::Step { step, total, .. }) if report.rank == 0 => {
             status.send_modify(|s| s.progress.clone_from(&report.event));
-            Said::Progress { done: Some(step) }
+            Said::Progress(Progress::Step { done: step, last: step >= total })
         }
         Ok(TrainerEvent::Validation { .. }) if report.rank == 0 => {
             status.send_modify(|s| s.validation.clone_from(&report.event));
-            Said::Progress { done: None }
+            Said::Progress(Progress::Validating)
         }
         // Other ranks may be done already: the line says what the slowest part is.
-        Ok(TrainerEvent::Busy { .. }) => {
+        Ok(TrainerEvent::Busy { doing, .. }) => {
             status.send_modify(|s| s.progress.clone_from(&report.event));
-            Said::Progress { done: None }
+            Said::Progress(match doing {
+                Doing::Validating => Progress::Validating,
+                Doing::Saving => Progress::Saving,
+            })
         }
         Ok(TrainerEvent::Ready { step, restored: true, .. }) if report.rank == 0 => {
             note(status, format!("resumed at step {step}"));
@@ -61,6 +67,7 @@ pub(super) fn relay(
         Ok(TrainerEvent::Stranded { generation, done, text }) => {
             Said::Stranded { generation, done, evidence: text }
         }
+        Ok(TrainerEvent::Complete { generation }) => Said::Completed { generation },
         Ok(TrainerEvent::Failed { text, status, curable }) => {
             Said::LastWords { text, status, curable }
         }

@@ -16,15 +16,18 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::chronicle::{ACCOUNT_EVERY, Chronicle};
 use super::events::{Effect, Event, Limits, Running};
+use super::outbound::{Agent, Outbound};
 use super::records::{self, LedgerPlace, Recording, Records, Told};
-use super::reports::{Said, note, relay};
+use super::reports::{Said, relay};
 use super::state::{Phase, State};
+use super::verdict::kind_of_exit;
 use crate::ledger::{LedgerError, RECEIPTS_MAX};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
-use crate::proto::wire::{self, agent_message, order};
+use crate::proto::wire::{self, agent_message};
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE};
-use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
+use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
 
 /// Inputs that may wait for the owner task.
 const QUEUE: usize = 1024;
@@ -95,6 +98,7 @@ pub async fn serve(
 ) -> Result<Outcome, ServiceError> {
     let wanted = limits.max;
     let epoch = crate::store::unique_id();
+    let chronicle = Chronicle::start(ledger.run.clone(), &epoch);
     let (records, recording) = records::start(ledger, &epoch).await?;
     let (inputs, queue) = mpsc::channel(QUEUE);
     let (status, watched) = watch::channel(wire::RunStatus { wanted, ..Default::default() });
@@ -104,7 +108,9 @@ pub async fn serve(
         // The owner is gone only if the run has ended: nothing is left to stop.
         drop(stopper.send(Input::Stop(reason)).await);
     });
-    let owner = tokio::spawn(own(State::new(limits), epoch, (records, recording), queue, status));
+    let silence = limits.heartbeat;
+    let outbound = Outbound { epoch, silence, agents: BTreeMap::new(), chronicle, status };
+    let owner = tokio::spawn(own(State::new(limits), (records, recording), outbound, queue));
     let (over, ended) = tokio::sync::oneshot::channel::<()>();
     let service =
         CoordinatorServer::new(Service { inputs, connections: AtomicU64::new(0), watched })
@@ -151,52 +157,48 @@ async fn recorded(
 /// The one task that owns the state: input, event, apply, execute.
 async fn own(
     mut state: State,
-    epoch: String,
     (mut records, recording): (Records, Recording),
+    mut outbound: Outbound,
     mut queue: mpsc::Receiver<Input>,
-    status: watch::Sender<wire::RunStatus>,
 ) -> Outcome {
     let start = Instant::now();
-    let mut agents: BTreeMap<NodeId, Agent> = BTreeMap::new();
     let mut tick = tokio::time::interval(TICK);
+    let mut account = tokio::time::interval(ACCOUNT_EVERY);
     loop {
         let event = tokio::select! {
-            Some(input) = queue.recv() => event_of(input, &mut agents, &records, &status),
+            Some(input) = queue.recv() => event_of(input, &mut outbound.agents, &records, &outbound.status),
             Some(told) = records.told.recv() => Some(match told {
                 Told::Recorded(recorded) => Event::Recorded(recorded),
                 Told::Lost { status, reason } => Event::LedgerLost { status, reason },
             }),
+            _ = account.tick() => {
+                outbound.chronicle.account(&state.goodput(start.elapsed()));
+                None
+            }
             _ = tick.tick() => Some(Event::Tick),
         };
         let Some(event) = event else { continue };
         for effect in state.apply(start.elapsed(), event) {
             // The end is told with the ledger written: a coordinator that died in between needs its workers.
             if !matches!(effect, Effect::Finish { .. }) {
-                execute(effect, &epoch, &agents, &status);
+                outbound.execute(effect);
             }
         }
         // Whoever was given up, and lives, sees its stream end and comes again.
-        agents.retain(|node, _| state.has_or_rejects(*node));
+        outbound.agents.retain(|node, _| state.has_or_rejects(*node));
         if let Phase::Finished { status: code, reason } = state.phase() {
             let outcome = Outcome { status: *code, reason: reason.clone() };
             let outcome = recorded(outcome, (records, recording), RECORDING_MAX).await;
             let Outcome { status: code, reason } = outcome.clone();
-            execute(Effect::Finish { status: code, reason }, &epoch, &agents, &status);
-            publish(&state, Some(&outcome), &status);
+            outbound.execute(Effect::Finish { status: code, reason });
+            let goodput = state.goodput(start.elapsed());
+            outbound.chronicle.account(&goodput);
+            outbound.publish(&state, Some((&outcome, &goodput)));
+            outbound.chronicle.end().await;
             return outcome;
         }
-        publish(&state, None, &status);
+        outbound.publish(&state, None);
     }
-}
-
-/// The owner's side of one agent's stream.
-struct Agent {
-    connection: u64,
-    incarnation: String,
-    host: String,
-    orders: mpsc::Sender<Result<wire::Order, Status>>,
-    /// What its trainer has said of its own failure: its process ends soon.
-    last_words: Option<String>,
 }
 
 /// What an input means to the state machine; nothing, if it is about a connection that another has replaced.
@@ -230,8 +232,9 @@ fn event_of(
                     None => exit.evidence,
                 };
                 let generation = Generation(exit.generation);
-                let status = exit.status;
-                Some(Event::TrainerExited { node, generation, status, evidence })
+                let kind = kind_of_exit(exit.status, exit.frozen, exit.out_of_memory);
+                let (status, doing) = (exit.status, exit.doing);
+                Some(Event::TrainerExited { node, generation, status, evidence, kind, doing })
             }
             agent_message::Kind::Report(report) => {
                 let said = relay(&report, records, status);
@@ -277,7 +280,8 @@ fn reported(node: NodeId, generation: Generation, said: Said, agent: Option<&mut
         Said::Stranded { generation, done, evidence } => {
             Event::TrainerStranded { node, generation, done, evidence }
         }
-        Said::Progress { done } => Event::Progressed { node, generation, done },
+        Said::Completed { generation } => Event::Completed { node, generation },
+        Said::Progress(progress) => Event::Progressed { node, generation, progress },
         Said::LastWords { text, status, curable } => {
             if let Some(agent) = agent {
                 agent.last_words = Some(text.clone());
@@ -285,92 +289,6 @@ fn reported(node: NodeId, generation: Generation, said: Said, agent: Option<&mut
             Event::TrainerFailed { node, generation, evidence: text, status, curable }
         }
     }
-}
-
-fn execute(
-    effect: Effect,
-    epoch: &str,
-    agents: &BTreeMap<NodeId, Agent>,
-    status: &watch::Sender<wire::RunStatus>,
-) {
-    let send = |node: NodeId, kind: order::Kind| {
-        if let Some(agent) = agents.get(&node)
-            && agent.orders.try_send(Ok(wire::Order { kind: Some(kind) })).is_err()
-        {
-            tracing::warn!(%node, "an order could not be delivered; the heartbeat will tell");
-        }
-    };
-    match effect {
-        Effect::Start { node, generation, rank, world, kv_address, backend } => {
-            let host = agents.get(&node).map(|agent| agent.host.clone()).unwrap_or_default();
-            tracing::info!(%node, %generation, %rank, %world, %backend, "start trainer");
-            let start = wire::Start {
-                generation: generation.0,
-                rank: rank.0,
-                world: world.0,
-                kv_address,
-                host,
-                epoch: epoch.to_owned(),
-                nccl: backend == Backend::Nccl,
-            };
-            send(node, order::Kind::Start(start));
-        }
-        Effect::Prepare { node, backend } => {
-            send(node, order::Kind::Prepare(wire::Prepare { nccl: backend == Backend::Nccl }));
-        }
-        Effect::Leave { node, generation } => {
-            send(node, order::Kind::Leave(wire::Leave { generation: generation.0 }));
-        }
-        Effect::Attest { node, generation } => {
-            send(node, order::Kind::Attest(wire::Attest { generation: generation.0 }));
-        }
-        Effect::End { node, generation, reason } => {
-            send(node, order::Kind::End(wire::End { generation: generation.0, reason }));
-        }
-        Effect::CheckpointAndStop { node, generation } => {
-            let checkpoint = wire::Checkpoint { generation: generation.0 };
-            send(node, order::Kind::CheckpointAndStop(checkpoint));
-        }
-        Effect::Recorded { node, recorded } => {
-            let recorded = wire::Recorded {
-                generation: recorded.generation.0,
-                lineage: recorded.lineage.0,
-                step: recorded.step.0,
-            };
-            send(node, order::Kind::Recorded(recorded));
-        }
-        Effect::Finish { status: code, reason } => {
-            for node in agents.keys() {
-                let finish = wire::Finish { status: code, reason: reason.clone() };
-                send(*node, order::Kind::Finish(finish));
-            }
-        }
-        Effect::Note(text) => note(status, text),
-    }
-}
-
-/// Puts the state where watchers see it; at the end, how the run ended.
-fn publish(state: &State, end: Option<&Outcome>, status: &watch::Sender<wire::RunStatus>) {
-    status.send_if_modified(|s| {
-        let before = s.clone();
-        s.members = state.members();
-        s.generation = state.generation().0;
-        match state.phase() {
-            Phase::Gathering { recovering: None, .. } => {
-                s.phase = "waiting for workers".to_owned();
-            }
-            Phase::Gathering { .. } | Phase::Adopting { .. } => s.phase = "recovering".to_owned(),
-            Phase::Training { stopping: None, .. } => s.phase = "training".to_owned(),
-            Phase::Training { .. } => s.phase = "stopping".to_owned(),
-            Phase::Finished { .. } => s.phase = "finished".to_owned(),
-        }
-        if let Some(Outcome { status, reason }) = end {
-            s.finished = true;
-            s.status = *status;
-            s.reason.clone_from(reason);
-        }
-        *s != before
-    });
 }
 
 /// The gRPC handlers: they translate, nothing else.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::events::{Effect, Event, Limits, Running};
+use super::events::{Effect, Event, Limits, Progress, Running};
 use super::state::{Phase, State};
 use super::state_tests::{came_back, joined, limits};
 use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
@@ -65,6 +65,8 @@ struct World {
     committed: BTreeMap<u64, Generation>,
     /// The newest group that has stepped: one before it, cut off from the coordinator, counts for itself only.
     newest: Group,
+    /// The newest generation that this coordinator has given a verdict on.
+    judged: Generation,
     troubled: bool,
     /// Whether what happens is printed: where one seed is replayed.
     told: bool,
@@ -92,6 +94,7 @@ impl World {
             saved: Step(0),
             committed: BTreeMap::new(),
             newest: (0, Generation(0)),
+            judged: Generation(0),
             troubled: true,
             told: false,
             ended: None,
@@ -164,6 +167,12 @@ impl World {
                 }
             }
             Effect::Finish { status, .. } => self.ended = Some(status),
+            Effect::Verdict(verdict) => {
+                assert!(verdict.generation > self.judged, "seed {seed}: {verdict:?}");
+                self.judged = verdict.generation;
+                let victims = &verdict.victims;
+                assert!(victims.iter().all(|v| Some(v.node) != verdict.cause.node), "seed {seed}");
+            }
             Effect::Recorded { .. } | Effect::Attest { .. } | Effect::Note(_) => {}
         }
     }
@@ -176,9 +185,7 @@ impl World {
 
     fn exited(&mut self, node: u32, generation: Generation, status: i32) {
         if self.nodes[&node].connected {
-            let evidence = format!("exited with {status}");
-            let node = NodeId(node);
-            self.tell(Event::TrainerExited { node, generation, status, evidence });
+            self.tell(super::state_tests::exited(node, generation.0, status));
         }
     }
 
@@ -228,6 +235,7 @@ impl World {
                 self.state = State::new(self.limits.clone());
                 self.epoch = self.now;
                 self.coordinators += 1;
+                self.judged = Generation(0);
                 for node in self.nodes.values_mut().filter(|node| node.connected) {
                     (node.connected, node.away) = (false, self.now);
                 }
@@ -401,7 +409,11 @@ impl World {
         for id in members {
             self.say(
                 id,
-                Event::Progressed { node: NodeId(id), generation, done: Some(done.next()) },
+                Event::Progressed {
+                    node: NodeId(id),
+                    generation,
+                    progress: Progress::Step { done: done.next(), last: false },
+                },
             );
             if done.next().0 == STEPS {
                 self.kill(id);
@@ -425,6 +437,10 @@ impl World {
                 assert!(ranks.len() <= self.limits.max as usize, "seed {}", self.seed);
             }
             if let Some(status) = self.ended {
+                let goodput = self.state.goodput(self.now - self.epoch);
+                let wall = (self.now - self.epoch).as_secs_f64();
+                let parts: f64 = goodput.parts_s.values().sum();
+                assert!((parts - wall).abs() < 1e-6, "seed {}: {goodput:?} of {wall} s", self.seed);
                 return (status, self.committed.len());
             }
         }

@@ -20,9 +20,10 @@ mod losses;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::events::{Effect, Event, Limits, Now};
+use super::events::{Effect, Event, Limits, Now, Progress};
 use super::members::{Member, Members, Trainer, choose, most_advanced};
-use crate::proto::{EXIT_RESUMABLE, EXIT_USAGE};
+use super::verdict::{Account, Cause, CauseKind, Goodput, Interruption, Part, Victim};
+use crate::proto::{EXIT_DONE, EXIT_RESUMABLE, EXIT_USAGE};
 use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
 /// Where the run stands.
@@ -75,6 +76,10 @@ pub struct State {
     furthest: Option<Step>,
     /// Generations lost since then.
     fruitless: u32,
+    /// Whether this generation has done the last step: nobody joins it any more.
+    last_step: bool,
+    /// Whether all is done and written down.
+    complete: bool,
     stop: Option<String>,
     last_progress: Now,
     /// Longest silence of this generation so far; none before its first sign of progress.
@@ -83,6 +88,11 @@ pub struct State {
     broken: Option<(Now, String)>,
     /// Of this generation: those that had a state when it began, and so should have joined quickly.
     veterans: BTreeSet<NodeId>,
+    /// What those of this generation saw who have lost their group.
+    strandings: BTreeMap<NodeId, String>,
+    /// What ended the generation before, until there is a step again.
+    interruption: Option<Interruption>,
+    account: Account,
 }
 
 impl State {
@@ -97,11 +107,16 @@ impl State {
             newest: Generation(0),
             furthest: None,
             fruitless: 0,
+            last_step: false,
+            complete: false,
             stop: None,
             last_progress: Duration::ZERO,
             longest_silence: None,
             broken: None,
             veterans: BTreeSet::new(),
+            strandings: BTreeMap::new(),
+            interruption: None,
+            account: Account::default(),
         }
     }
 
@@ -154,11 +169,15 @@ impl State {
                     self.went_away(now, node, &mut effects);
                 }
             }
-            Event::Progressed { node, generation, done } => {
+            Event::Progressed { node, generation, progress } => {
                 self.heard(now, node);
                 if generation == self.generation {
-                    self.progressed(now, done);
+                    self.progressed(now, progress, &mut effects);
                 }
+            }
+            Event::Completed { node, generation } => {
+                self.heard(now, node);
+                self.completed(generation, &mut effects);
             }
             Event::Heard { node } => self.heard(now, node),
             Event::TrainerStandby { node } => {
@@ -169,8 +188,11 @@ impl State {
                 self.heard(now, node);
                 self.stranded(now, node, generation, done, evidence, &mut effects);
             }
-            Event::TrainerExited { node, generation, status, evidence } => {
-                self.trainer_exited(now, node, generation, status, &evidence, &mut effects);
+            Event::TrainerExited { node, generation, status, evidence, kind, doing } => {
+                let (node_of, status_of) = (Some(node), Some(status));
+                let cause =
+                    Cause { kind, node: node_of, rank: None, status: status_of, evidence, doing };
+                self.trainer_exited(now, node, generation, status, cause, &mut effects);
             }
             // Its peers, who will miss it, may leave first: what no restart cures ends the run now.
             // Anything else waits for the end of the process.
@@ -203,14 +225,104 @@ impl State {
         effects
     }
 
-    fn progressed(&mut self, now: Now, done: Option<Step>) {
+    fn progressed(&mut self, now: Now, progress: Progress, effects: &mut Vec<Effect>) {
+        self.account.mark(now, self.part_of(progress));
+        if matches!(progress, Progress::Step { .. })
+            && let Some(interruption) = self.interruption.take_if(|i| i.followed.is_some())
+        {
+            self.close(interruption, Some(now), effects);
+        }
         let silence = now.saturating_sub(self.last_progress);
         self.longest_silence = Some(self.longest_silence.unwrap_or_default().max(silence));
         self.last_progress = now;
         // What is done again after all have died proves nothing.
-        if done > self.furthest {
-            (self.furthest, self.fruitless) = (done, 0);
+        if let Progress::Step { done, last } = progress {
+            self.last_step |= last;
+            if Some(done) > self.furthest {
+                (self.furthest, self.fruitless) = (Some(done), 0);
+            }
         }
+    }
+
+    /// Nothing is left to do. Its generation's trainers leave by themselves; those who were told to meet in another
+    /// one meanwhile, because a member joined in the last moment, would wait for peers that are gone.
+    fn completed(&mut self, generation: Generation, effects: &mut Vec<Effect>) {
+        self.complete = true;
+        let leaving = matches!(self.phase, Phase::Training { .. }) && generation == self.generation;
+        if !leaving && !matches!(self.phase, Phase::Finished { .. }) {
+            self.finish(EXIT_DONE, "complete".to_owned(), effects);
+        }
+    }
+
+    /// What the time until a sign of progress was spent on.
+    fn part_of(&self, progress: Progress) -> Part {
+        let stopping = matches!(self.phase, Phase::Training { stopping: Some(_), .. });
+        match (&self.interruption, progress) {
+            _ if stopping => Part::Stopping,
+            (Some(interruption), _) => interruption.part(),
+            (None, _) if self.longest_silence.is_none() && self.furthest.is_none() => {
+                Part::Starting
+            }
+            (None, Progress::Step { done, .. }) if Some(done) <= self.furthest => Part::Rework,
+            (None, Progress::Step { .. }) => Part::Training,
+            (None, Progress::Validating) => Part::Validation,
+            (None, Progress::Saving) => Part::Saving,
+        }
+    }
+
+    /// What the time since the last mark is spent on while nothing gets on.
+    fn part_now(&self) -> Part {
+        match (&self.phase, &self.interruption) {
+            (Phase::Training { stopping: Some(_), .. } | Phase::Finished { .. }, _) => {
+                Part::Stopping
+            }
+            (_, Some(interruption)) => interruption.part(),
+            (Phase::Training { .. }, None) if self.longest_silence.is_some() => Part::Training,
+            (Phase::Training { .. }, None) => Part::Starting,
+            _ => Part::Waiting,
+        }
+    }
+
+    /// The account of the time until `now`.
+    pub fn goodput(&mut self, now: Now) -> Goodput {
+        self.account.mark(now, self.part_now());
+        self.account.goodput()
+    }
+
+    /// A generation ended of this.
+    fn interrupted(&mut self, now: Now, cause: Cause, effects: &mut Vec<Effect>) {
+        if let Some(before) = self.interruption.take() {
+            self.close(before, None, effects);
+        }
+        let none = BTreeMap::new();
+        let ranks = match &self.phase {
+            Phase::Training { ranks, .. } | Phase::Adopting { ranks, .. } => ranks,
+            _ => &none,
+        };
+        let victim = |(node, rank): (&NodeId, &Rank)| {
+            let evidence = self.strandings.get(node).cloned();
+            (Some(*node) != cause.node).then_some(Victim { node: *node, rank: *rank, evidence })
+        };
+        let interruption = Interruption {
+            generation: self.generation,
+            world: WorldSize(u32::try_from(ranks.len()).unwrap_or(u32::MAX)),
+            step: self.furthest,
+            victims: ranks.iter().filter_map(victim).collect(),
+            also: Vec::new(),
+            last_progress: self.last_progress,
+            ended: now,
+            followed: None,
+            cause,
+        };
+        self.account.count(interruption.is_loss());
+        self.account.mark(now, interruption.part());
+        self.interruption = Some(interruption);
+    }
+
+    fn close(&self, interruption: Interruption, step: Option<Now>, effects: &mut Vec<Effect>) {
+        let verdict = interruption.over(step);
+        effects.push(Effect::Note(verdict.line()));
+        effects.push(Effect::Verdict(Box::new(verdict)));
     }
 
     fn heard(&mut self, now: Now, node: NodeId) {
@@ -250,6 +362,12 @@ impl State {
                 member.last_seen = now;
             }
         }
+        self.account.mark(now, self.part_now());
+        if let Some(interruption) = &mut self.interruption {
+            interruption.followed = Some((now, self.generation, world));
+        }
+        self.strandings.clear();
+        self.last_step = false;
         self.last_progress = now;
         self.longest_silence = None;
         self.broken = None;
@@ -340,11 +458,11 @@ impl State {
             .map(|(node, _)| *node)
             .collect();
         for node in silent {
-            self.lose(now, node, "no sign of life", effects);
+            self.lose(now, node, CauseKind::AgentSilent, effects);
         }
         let gone: Vec<NodeId> = self.away_for(now, self.limits.grace);
         for node in gone {
-            self.lose(now, node, "its connection closed", effects);
+            self.lose(now, node, CauseKind::AgentLost, effects);
         }
         let last_progress = now.saturating_sub(self.last_progress);
         match &self.phase {
@@ -361,7 +479,7 @@ impl State {
                 if now.saturating_sub(*since) > self.limits.heartbeat =>
             {
                 let why = format!("{} of {world} workers came back", ranks.len());
-                self.lose_generation(now, why, effects);
+                self.lose_generation(now, Cause::of_all(CauseKind::NotAdopted, why), effects);
             }
             // A step and the last checkpoint take their time: progress earns more of it.
             Phase::Training { stopping: Some(since), .. }
@@ -378,6 +496,9 @@ impl State {
     }
 
     fn finish(&mut self, status: i32, reason: String, effects: &mut Vec<Effect>) {
+        if let Some(interruption) = self.interruption.take() {
+            self.close(interruption, None, effects);
+        }
         effects.push(Effect::Finish { status, reason: reason.clone() });
         self.phase = Phase::Finished { status, reason };
     }

@@ -129,6 +129,11 @@ pub enum TrainerEvent {
         /// Its step.
         step: Step,
     },
+    /// All is done, and rank 0 has written it down; its process ends next.
+    Complete {
+        /// The generation that did it: by now it may have been told to join another.
+        generation: Generation,
+    },
     /// It fails, and its process ends next.
     Failed {
         /// Why, in one line.

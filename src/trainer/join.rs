@@ -6,7 +6,6 @@
 //! memory does rank 0 read the newest checkpoint. Not here: who joins whom (the coordinator).
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -122,7 +121,7 @@ impl Trainer {
             prefix: Membership::key_prefix(&m.epoch, m.generation) + purpose,
             rank: m.rank,
             world: m.world,
-            timeout: Duration::from_secs(self.config.recovery.collective_timeout_s),
+            timeout: self.config.recovery.collective(),
             interface: self.assignment.interface,
         };
         let on_device = |purpose: &str| match self.assignment.backend {

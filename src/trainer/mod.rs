@@ -80,6 +80,10 @@ fn live(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, Trai
                 let done = t.live.then_some(step);
                 emit(&TrainerEvent::Stranded { generation, done, text: error.to_string() });
             }
+            Ok(EXIT_DONE) if t.rank.0 == 0 => {
+                emit(&TrainerEvent::Complete { generation: membership.generation });
+                return Ok(EXIT_DONE);
+            }
             ended => return ended,
         }
     }
@@ -120,7 +124,7 @@ fn train(
     emit(&TrainerEvent::Ready { step: t.step, restored, ledger: t.attestation()? });
     // What the generation before did not get to.
     if t.validation_due {
-        validate::validate(t)?;
+        validate::validate(t, orders)?;
     }
     if t.checkpoints_here() && !restored && t.submitted != Some(t.step) {
         persist::checkpoint(t)?;
@@ -161,7 +165,7 @@ fn train(
         let took = started.elapsed().as_secs_f64().max(1e-9);
         report(t, &loss, &tail, &counts, took, waited / took)?;
         if t.validates_here() {
-            validate::validate(t)?;
+            validate::validate(t, orders)?;
         }
         if t.checkpoints_here() || tail.stop {
             trace.phase(Phase::CheckpointHold, || persist::checkpoint(t))?;
@@ -172,7 +176,7 @@ fn train(
         }
     }
     t.flush()?;
-    persist::final_report(t)?;
+    persist::final_report(t, orders)?;
     Ok(EXIT_DONE)
 }
 
@@ -265,6 +269,7 @@ fn report(
         return Err(TrainerError::Diverged { step: t.step, total });
     }
     let images_per_s = counts.samples as f64 / took_s;
+    tracing::debug!(step = t.step.0, took_s, "stepped");
     let done = Step(t.step.0 - 1);
     if t.rank.0 == 0 {
         emit(&TrainerEvent::Step {

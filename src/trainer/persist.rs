@@ -6,6 +6,7 @@ use safetensors::Dtype;
 use serde_json::json;
 
 use super::TrainerError;
+use super::orders::Orders;
 use super::setup::{self, Trainer};
 use super::validate;
 use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
@@ -104,10 +105,10 @@ pub fn given_weights(
 }
 
 /// Rank 0 writes the report into the run.
-pub fn final_report(t: &mut Trainer) -> Result<(), TrainerError> {
+pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
     if t.summary.is_none() {
         // A complete run that was started again: its validation is made once more.
-        validate::validate(t)?;
+        validate::validate(t, orders)?;
     }
     if t.rank.0 != 0 {
         return Ok(());

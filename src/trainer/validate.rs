@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::TrainerError;
-use super::orders::emit;
+use super::orders::{Orders, emit};
 use super::setup::Trainer;
 use crate::data::{Dataset, Split, Volume as DataVolume, augment};
 use crate::eval::report::{Record, ReportOverlay, ValidationRecord};
@@ -72,14 +72,14 @@ pub fn class_names(t: &Trainer) -> Vec<String> {
 }
 
 /// Scores the labelled volumes of a split whose place in it is `wanted`; `scored` is called after
-/// each.
+/// each, and may end it.
 pub(super) fn score_volumes(
     net: &Network,
     dataset: &Dataset,
     split: Split,
     settings: &EvalSettings,
     wanted: impl Fn(usize) -> bool,
-    scored: impl Fn(),
+    scored: impl Fn() -> Result<(), TrainerError>,
 ) -> Result<Vec<CaseScores>, TrainerError> {
     let mut cases = Vec::new();
     for (_, id) in dataset.volumes(split).into_iter().enumerate().filter(|(i, _)| wanted(*i)) {
@@ -88,13 +88,13 @@ pub(super) fn score_volumes(
         let scores = evaluate_volume(&mut ArgMax(net), seen(&volume, label), settings, zoom())
             .map_err(|e| TrainerError::Report(e.to_string()))?;
         cases.push(scores);
-        scored();
+        scored()?;
     }
     Ok(cases)
 }
 
 /// Scores every validation volume, each on one rank; every rank ends with the same summary.
-pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
+pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
     // The running statistics that count are rank 0's (per-rank batch norm).
     for (_, buffer) in t.nets.main().params().buffers() {
         t.ranks.copy_from_first(buffer)?;
@@ -106,7 +106,10 @@ pub fn validate(t: &mut Trainer) -> Result<(), TrainerError> {
         Split::Val,
         &settings,
         |i| i % t.world.0 as usize == t.rank.0 as usize,
-        || emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating }),
+        || {
+            emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
+            Ok(orders.still_in()?)
+        },
     )?;
     let bytes = serde_json::to_vec(&mine).map_err(|e| TrainerError::Report(e.to_string()))?;
     let mut parts: Vec<Vec<CaseScores>> = Vec::new();

@@ -12,6 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
+use crate::config::Recovery;
 use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
@@ -45,8 +46,6 @@ pub struct AgentOptions {
     /// How long a coordinator may be out of reach before the agent gives up (75). A trainer that goes on stepping
     /// is not given up.
     pub patience: Duration,
-    /// How long a trainer may be without its pulse: then it is frozen, and killed.
-    pub silence: Duration,
 }
 
 /// How one connection to the coordinator ended.
@@ -76,8 +75,16 @@ pub async fn run_agent(
     let interface = interface_towards(&options.coordinator).await;
     let kv = KvServer::bind(SocketAddr::new(interface, 0)).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
-    let mut agent =
-        Agent { options, incarnation, interface, kv, trainer: None, met: None, stopping: None };
+    let mut agent = Agent {
+        options,
+        incarnation,
+        interface,
+        kv,
+        trainer: None,
+        met: None,
+        stopping: None,
+        silence: Recovery::default().silence(),
+    };
     let mut client = Some(client);
     loop {
         let connected = match client.take() {
@@ -136,6 +143,8 @@ struct Agent<'a> {
     met: Option<(String, Generation)>,
     /// Why this node is to be given back.
     stopping: Option<String>,
+    /// How long a trainer may be without its pulse, by its coordinator's word: then it is frozen, and killed.
+    silence: Duration,
 }
 
 /// The agent's way to say something; `false` when nobody listens any more.
@@ -262,7 +271,7 @@ impl Agent<'_> {
 
     /// Kills a trainer whose pulse has stopped; its exit is reported like any other.
     fn watch_trainer(&mut self) {
-        let silence = self.options.silence;
+        let silence = self.silence;
         if let Some(child) = &mut self.trainer
             && !child.killed
             && child.is_silent(silence)
@@ -287,9 +296,20 @@ impl Agent<'_> {
                 outbox.say(agent_message::Kind::Report(report)).await
             }
             ChildEvent::Exited(status, evidence) => {
-                let frozen = self.trainer.take().is_some_and(|child| child.killed);
+                let child = self.trainer.take();
+                // One that its coordinator had killed was no more alive.
+                let frozen = child.as_ref().is_some_and(|child| child.killed);
                 let evidence = if frozen { format!("{evidence} (by its agent)") } else { evidence };
-                let exit = wire::TrainerExit { generation, status, evidence };
+                let out_of_memory = child.as_ref().is_some_and(TrainerChild::memory_ran_out);
+                let doing = child.map(|child| child.doing().to_owned()).unwrap_or_default();
+                let exit = wire::TrainerExit {
+                    generation,
+                    status,
+                    evidence,
+                    frozen,
+                    out_of_memory,
+                    doing,
+                };
                 outbox.say(agent_message::Kind::Exit(exit)).await
             }
         }
@@ -299,12 +319,14 @@ impl Agent<'_> {
     async fn obey(&mut self, kind: order::Kind, outbox: &Outbox) -> bool {
         match kind {
             order::Kind::Start(start) => {
+                self.silence = Duration::from_millis(start.silence_ms);
                 let generation = start.generation;
                 if let Err(error) = self.start(start).await {
                     return self.not_started(generation, &error, outbox).await;
                 }
             }
             order::Kind::Prepare(prepare) => {
+                self.silence = Duration::from_millis(prepare.silence_ms);
                 if let Err(error) = self.have_trainer(backend(prepare.nccl)) {
                     return self.not_started(0, &error, outbox).await;
                 }
@@ -347,7 +369,12 @@ impl Agent<'_> {
 
     async fn not_started(&self, generation: u64, error: &std::io::Error, outbox: &Outbox) -> bool {
         let evidence = format!("could not be started: {error}");
-        let exit = wire::TrainerExit { generation, status: EXIT_FAILED, evidence };
+        let exit = wire::TrainerExit {
+            generation,
+            status: EXIT_FAILED,
+            evidence,
+            ..wire::TrainerExit::default()
+        };
         outbox.say(agent_message::Kind::Exit(exit)).await
     }
 

@@ -10,7 +10,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use tokio::time::Instant;
 
-use crate::proto::{Assignment, Membership, TrainerEvent, TrainerOrder};
+use crate::proto::{Assignment, Doing, Membership, TrainerEvent, TrainerOrder};
 use crate::types::{Backend, Generation, NodeId, Step};
 
 /// The environment variable by which a child learns whose death it must follow.
@@ -52,6 +52,10 @@ pub struct TrainerChild {
     failing: bool,
     /// When it was last heard.
     heard: Instant,
+    /// What it was last heard to be at.
+    doing: String,
+    /// What the kernel had killed for want of memory before it started.
+    oom_kills: u64,
     child: Child,
     orders: Option<ChildStdin>,
     events: Lines<BufReader<ChildStdout>>,
@@ -113,6 +117,8 @@ impl TrainerChild {
             killed: false,
             failing: false,
             heard: Instant::now(),
+            doing: "starting".to_owned(),
+            oom_kills: oom_kills(),
             child,
             orders,
             events: BufReader::new(stdout).lines(),
@@ -140,7 +146,11 @@ impl TrainerChild {
         if !line.starts_with('{') {
             return ChildEvent::Noise(line);
         }
-        let stepped = match serde_json::from_str(&line) {
+        let event = serde_json::from_str(&line);
+        if let Ok(event) = &event {
+            self.note_doing(event);
+        }
+        let stepped = match event {
             Ok(TrainerEvent::Alive) => return ChildEvent::Alive,
             Ok(TrainerEvent::Ready { step, .. }) => {
                 self.done = Some(step);
@@ -165,6 +175,35 @@ impl TrainerChild {
         ChildEvent::Line { line, stepped }
     }
 
+    fn note_doing(&mut self, event: &TrainerEvent) {
+        self.doing = match event {
+            TrainerEvent::Standby => "waiting for a generation".to_owned(),
+            // Only rank 0 says each step.
+            TrainerEvent::Ready { step, .. } => format!("training, from step {step} on"),
+            TrainerEvent::Step { step, .. } => format!("training, {step} steps done"),
+            TrainerEvent::Busy { step, doing: Doing::Validating } => {
+                format!("validating, {step} steps done")
+            }
+            TrainerEvent::Busy { step, doing: Doing::Saving } => {
+                format!("waiting for a checkpoint, {step} steps done")
+            }
+            TrainerEvent::Stranded { .. } => "waiting without a group".to_owned(),
+            _ => return,
+        };
+    }
+
+    /// What it was last heard to be at.
+    #[must_use]
+    pub fn doing(&self) -> &str {
+        &self.doing
+    }
+
+    /// Whether the kernel has killed anything on this machine for want of memory since it started.
+    #[must_use]
+    pub fn memory_ran_out(&self) -> bool {
+        oom_kills() > self.oom_kills
+    }
+
     /// Whether it can be given a place, or keeps one.
     #[must_use]
     pub fn is_sound(&self) -> bool {
@@ -181,6 +220,7 @@ impl TrainerChild {
     pub async fn join(&mut self, membership: Membership) {
         self.place = Some(membership.clone());
         self.stranded = false;
+        self.doing = format!("joining generation {}", membership.generation);
         self.order(&TrainerOrder::Join(membership)).await;
     }
 
@@ -207,6 +247,13 @@ impl TrainerChild {
             tracing::debug!(%error, "already gone");
         }
     }
+}
+
+/// Processes that the kernel has killed for want of memory, in whichever container; 0 where it does not say.
+fn oom_kills() -> u64 {
+    let counters = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let mut lines = counters.lines();
+    lines.find_map(|line| line.strip_prefix("oom_kill ")?.parse().ok()).unwrap_or_default()
 }
 
 /// Exit status in the shell's way, and in words.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::events::{Effect, Now, Running};
 use super::super::members::{Member, Trainer};
+use super::super::verdict::{Cause, CauseKind, Part};
 use super::{Phase, State};
 use crate::types::{NodeId, Rank};
 
@@ -39,8 +40,8 @@ impl State {
                 self.members.insert(node, member);
                 return;
             }
-            let why = if same { "its connection broke" } else { "a new agent took its place" };
-            self.lose(now, node, why, effects);
+            let kind = if same { CauseKind::AgentLost } else { CauseKind::AgentReplaced };
+            self.lose(now, node, kind, effects);
         }
         if let Phase::Gathering { since, recovering: None } = &mut self.phase
             && self.members.is_empty()
@@ -70,10 +71,11 @@ impl State {
         let Phase::Adopting { world, ranks, .. } = &mut self.phase else { return };
         if running.stranded || running.generation != self.generation || running.world != *world {
             let why = format!("node {node} has left its generation");
-            self.lose_generation(now, why, effects);
+            self.lose_generation(now, Cause::of_all(CauseKind::NotAdopted, why), effects);
             return;
         }
         ranks.insert(node, running.rank);
+        self.furthest = self.furthest.max(running.done);
         if ranks.values().collect::<BTreeSet<_>>().len() < world.0 as usize {
             return;
         }
@@ -85,6 +87,7 @@ impl State {
         if let Some(node) = first {
             effects.push(Effect::Attest { node, generation: self.generation });
         }
+        self.account.mark(now, Part::Training);
         self.last_progress = now;
         self.longest_silence = None;
         self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
@@ -101,10 +104,14 @@ impl State {
         }
         if let Phase::Training { ranks, left, stopping: None } = &self.phase
             && left.is_empty()
+            && !self.last_step
+            && !self.complete
             && !ranks.contains_key(&node)
             && ranks.len() < self.limits.max as usize
         {
-            effects.push(Effect::Note(format!("node {node} joins")));
+            let cause = Cause::of_node(CauseKind::Joined, node, None);
+            effects.push(Effect::Note(cause.to_string()));
+            self.interrupted(now, cause, effects);
             self.phase = Phase::Gathering { since: now, recovering: Some(now) };
         }
     }

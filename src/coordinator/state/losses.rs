@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::super::events::{Effect, Now};
 use super::super::members::Trainer;
+use super::super::verdict::{Cause, CauseKind};
 use super::{Phase, State};
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
 use crate::types::{Generation, NodeId, Step};
@@ -18,7 +19,7 @@ impl State {
         }
         match self.members.get_mut(&node) {
             Some(member) if member.trainer.has_state() && !misses => member.away = Some(now),
-            _ => self.lose(now, node, "its connection closed", effects),
+            _ => self.lose(now, node, CauseKind::AgentLost, effects),
         }
     }
 
@@ -29,13 +30,24 @@ impl State {
         gone.map(|(node, _)| *node).collect()
     }
 
-    pub(super) fn lose(&mut self, now: Now, node: NodeId, why: &str, effects: &mut Vec<Effect>) {
+    pub(super) fn lose(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        kind: CauseKind,
+        effects: &mut Vec<Effect>,
+    ) {
         self.members.remove(&node);
+        if let (Phase::Gathering { .. }, Some(interruption)) = (&self.phase, &mut self.interruption)
+        {
+            interruption.lost_too(Cause::of_node(kind, node, None));
+        }
         match &mut self.phase {
             Phase::Training { ranks, left, .. }
                 if ranks.contains_key(&node) && !left.contains_key(&node) =>
             {
-                self.lose_generation(now, format!("node {node} was lost: {why}"), effects);
+                let cause = Cause::of_node(kind, node, ranks.get(&node).copied());
+                self.lose_generation(now, cause, effects);
                 // What it has may be all there is, and it may live: it gets a moment to come back.
                 let has_state = self.members.values().any(|member| member.trainer.has_state());
                 if let Phase::Gathering { recovering: Some(from), .. } = &mut self.phase
@@ -58,13 +70,21 @@ impl State {
         evidence: String,
         effects: &mut Vec<Effect>,
     ) {
+        if let Some(interruption) = &mut self.interruption
+            && interruption.generation == generation
+        {
+            interruption.saw(node, &evidence);
+        }
         let Some(member) = self.members.get_mut(&node) else { return };
         if member.trainer != Trainer::In(generation) {
             return; // it has been told to join another one since
         }
         member.trainer = Trainer::Waiting { done };
+        if generation == self.generation {
+            self.strandings.insert(node, evidence.clone());
+        }
         if matches!(&self.phase, Phase::Adopting { ranks, .. } if ranks.contains_key(&node)) {
-            self.lose_generation(now, format!("the group broke: {evidence}"), effects);
+            self.lose_generation(now, Cause::of_all(CauseKind::GroupBroke, evidence), effects);
             return;
         }
         let Phase::Training { ranks, left, .. } = &self.phase else { return };
@@ -74,7 +94,7 @@ impl State {
         let away =
             self.members.iter().find(|(node, m)| m.away.is_some() && ranks.contains_key(node));
         if let Some(away) = away.map(|(node, _)| *node) {
-            self.lose(now, away, "its connection closed", effects);
+            self.lose(now, away, CauseKind::AgentLost, effects);
             return;
         }
         // Whoever is to blame will show: by its exit, its silence, its closed connection.
@@ -84,7 +104,7 @@ impl State {
             matches!(trainer, Some(Trainer::Waiting { .. }))
         };
         if ranks.keys().all(|node| left.contains_key(node) || waits(node)) {
-            self.lose_generation(now, format!("the group broke: {text}"), effects);
+            self.lose_generation(now, Cause::of_all(CauseKind::GroupBroke, text), effects);
         }
     }
 
@@ -94,7 +114,7 @@ impl State {
         node: NodeId,
         generation: Generation,
         status: i32,
-        evidence: &str,
+        mut cause: Cause,
         effects: &mut Vec<Effect>,
     ) {
         if matches!(self.phase, Phase::Finished { .. }) {
@@ -113,19 +133,26 @@ impl State {
         }
         member.trainer = Trainer::Absent;
         if status == EXIT_USAGE {
-            self.finish(EXIT_USAGE, evidence.to_owned(), effects);
+            self.finish(EXIT_USAGE, cause.evidence, effects);
             return;
         }
-        if matches!(&self.phase, Phase::Adopting { ranks, .. } if ranks.contains_key(&node)) {
-            let why = format!("the trainer of node {node} {evidence}");
-            self.lose_generation(now, why, effects);
+        if let Phase::Adopting { ranks, .. } = &self.phase
+            && let Some(rank) = ranks.get(&node)
+        {
+            cause.rank = Some(*rank);
+            self.lose_generation(now, cause, effects);
+            return;
+        }
+        if let (Phase::Gathering { .. }, Some(interruption)) = (&self.phase, &mut self.interruption)
+        {
+            interruption.lost_too(cause);
             return;
         }
         let Phase::Training { ranks, left, .. } = &mut self.phase else { return };
         let Some(rank) = ranks.get(&node).copied() else { return };
         if !matches!(status, EXIT_DONE | EXIT_RESUMABLE) {
-            let why = format!("the trainer of node {node} (rank {rank}) {evidence}");
-            self.lose_generation(now, why, effects);
+            cause.rank = Some(rank);
+            self.lose_generation(now, cause, effects);
             return;
         }
         left.insert(node, status);
@@ -150,7 +177,12 @@ impl State {
     }
 
     /// The generation is over; whoever is left of it waits for the next with its state.
-    pub(super) fn lose_generation(&mut self, now: Now, why: String, effects: &mut Vec<Effect>) {
+    pub(super) fn lose_generation(&mut self, now: Now, cause: Cause, effects: &mut Vec<Effect>) {
+        if self.complete {
+            self.finish(EXIT_DONE, "complete".to_owned(), effects);
+            return;
+        }
+        let why = cause.to_string();
         let (ranks, from) = match &self.phase {
             Phase::Training { ranks, .. } => (ranks.clone(), now),
             // Others are still on their way here, perhaps with the newest state.
@@ -162,6 +194,7 @@ impl State {
             |node: &NodeId| self.members.get(node).is_some_and(|member| member.trainer.has_state());
         let living: Vec<NodeId> = ranks.keys().copied().filter(lives).collect();
         effects.extend(living.iter().map(|&node| Effect::Leave { node, generation }));
+        self.interrupted(now, cause, effects);
         if let Phase::Training { ranks, left, stopping: Some(_) } = &mut self.phase {
             // Each of those who are left stops by itself.
             effects.push(Effect::Note(why));
@@ -187,13 +220,13 @@ impl State {
         if now.saturating_sub(self.last_progress) > self.silence_max() {
             let why = format!("no progress for {} s", self.silence_max().as_secs());
             self.end_those_who_hang(effects);
-            self.lose_generation(now, why, effects);
+            self.lose_generation(now, Cause::of_all(CauseKind::NoProgress, why), effects);
             return;
         }
         let Some((since, text)) = self.broken.clone() else { return };
         if now.saturating_sub(since) > self.limits.grace {
             self.end_those_who_hang(effects);
-            self.lose_generation(now, format!("the group broke: {text}"), effects);
+            self.lose_generation(now, Cause::of_all(CauseKind::GroupBroke, text), effects);
         }
     }
 

@@ -20,7 +20,8 @@ pub struct Limits {
     pub spares: u32,
     /// Which collectives; none: NCCL where every member has a GPU of its own, else Gloo.
     pub backend: Option<Backend>,
-    /// Generations that may be lost, without a step that none had taken before, until the run gives up.
+    /// Losses, without a step that none had taken before, until the run gives up; those within `grace` of one
+    /// that counts are the same.
     pub restarts: u32,
     /// Longest wait for missing members.
     pub wait: Duration,

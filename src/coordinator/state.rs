@@ -74,8 +74,10 @@ pub struct State {
     newest: Generation,
     /// Steps that any generation has done.
     furthest: Option<Step>,
-    /// Generations lost since then.
+    /// Losses since then; those within `grace` of one that counts are the same.
     fruitless: u32,
+    /// When the last one that counts was.
+    struck: Now,
     /// Whether this generation has done the last step: nobody joins it any more.
     last_step: bool,
     /// Whether all is done and written down.
@@ -107,6 +109,7 @@ impl State {
             newest: Generation(0),
             furthest: None,
             fruitless: 0,
+            struck: Duration::ZERO,
             last_step: false,
             complete: false,
             stop: None,

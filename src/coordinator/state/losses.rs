@@ -202,7 +202,11 @@ impl State {
             self.maybe_over(effects);
             return;
         }
-        self.fruitless += 1;
+        // What strikes several processes is one misfortune, though it ends several generations.
+        if self.fruitless == 0 || now.saturating_sub(self.struck) > self.limits.grace {
+            self.fruitless += 1;
+            self.struck = now;
+        }
         if self.fruitless > self.limits.restarts {
             let reason =
                 format!("{why}; {} restarts without a step are used up", self.limits.restarts);

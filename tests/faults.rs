@@ -14,6 +14,7 @@ use bytes::Bytes;
 use cpcr::data::synth::{self, SynthOptions};
 use cpcr::data::write::Work;
 use cpcr::data::{Batch, DataError, Dataset, Loader, LoaderPlan, VolumeId};
+use cpcr::ledger;
 use cpcr::store::{
     Created, FaultKind, FaultPlan, FaultProxy, InjectedFault, ReadFaults, S3Server,
     S3ServerOptions, Store, StoreError, StoreOptions, serve,
@@ -323,6 +324,26 @@ fn a_stall_is_overtaken_by_a_second_request() {
 fn a_stall_is_overtaken_though_the_second_request_fails() {
     let plan = FaultPlan::none().at(3, InjectedFault::Stall).at(4, InjectedFault::Unavailable);
     assert!(patient_reads(plan).of(FaultKind::Unavailable) >= 1);
+}
+
+/// A campaign found an audit that called a sound ledger damaged: one answer had been.
+#[test]
+fn records_that_come_damaged_are_asked_for_again() {
+    let world = World::new();
+    world.runtime.block_on(async {
+        let store = world.store();
+        let number = ledger::claim(&store, "somebody").await.unwrap() - 1;
+        store.put("config.toml", Bytes::from_static(b"name = \"a\"")).await.unwrap();
+        for (seed, fault) in [(1, InjectedFault::BitFlip), (2, InjectedFault::Changed)] {
+            world.proxy.set_plan(FaultPlan::seeded(seed).rate(fault, 0.1));
+            for _ in 0..60 {
+                assert_eq!(ledger::read(&store, number).await.unwrap().writer, "somebody");
+                assert_eq!(store.get_agreed("config.toml").await.unwrap(), "name = \"a\"");
+            }
+            assert!(world.proxy.counts().of(fault) >= 3);
+        }
+        assert!(store.read_faults().of(FaultKind::Corrupt) >= 5, "{}", store.read_faults());
+    });
 }
 
 #[test]

@@ -11,6 +11,7 @@ use super::host_tensor::{NamedTensors, decode_tensors};
 use super::manifest::{
     MODEL_FILE, Manifest, OPTIMIZER_FILE, STATE_FILE, TrainState, manifest_path, parse_step,
 };
+use super::seal::unseal;
 use crate::store::{Store, StoreError};
 use crate::types::Step;
 
@@ -89,7 +90,7 @@ async fn read_state(run: &Store, manifest: &Manifest) -> Result<TrainState, Chec
 
 /// The manifest of `step`: whole, of a known format, sensible. Its objects are not looked at.
 pub async fn read_manifest(run: &Store, step: Step) -> Result<Manifest, CheckpointError> {
-    match run.get(&manifest_path(step)).await {
+    match run.get_sound(&manifest_path(step), |file| unseal(file).is_some()).await {
         Ok(file) => Manifest::decode(step, &file),
         Err(StoreError::NotFound { .. }) => {
             Err(CheckpointError::Missing { step, url: run.url().to_owned() })

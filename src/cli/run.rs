@@ -101,7 +101,7 @@ pub async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
     if !store.exists("config.toml").await.map_err(Failure::failed)? {
         return Ok(None);
     }
-    let text = store.get("config.toml").await.map_err(Failure::failed)?;
+    let text = store.get_agreed("config.toml").await.map_err(Failure::failed)?;
     let text = String::from_utf8_lossy(&text).into_owned();
     config::load(&ConfigSource::Text(text), &[]).map(Some).map_err(Failure::usage)
 }

@@ -7,6 +7,7 @@
 
 use super::error::LedgerError;
 use super::record::{FORMAT, Object, object_path, parse_number};
+use crate::checkpoint::unseal;
 use crate::store::{Created, Store};
 
 /// Claims that may be lost to other coordinators, one after the other.
@@ -30,7 +31,7 @@ pub async fn numbers(run: &Store) -> Result<Vec<u64>, LedgerError> {
 /// [`LedgerError`]; one that is not there is damage.
 pub async fn read(run: &Store, number: u64) -> Result<Object, LedgerError> {
     let object = object_path(number);
-    match run.get(&object).await {
+    match run.get_sound(&object, |file| unseal(file).is_some()).await {
         Ok(file) => Object::decode(number, &file),
         Err(error) if error.is_not_found() => {
             Err(LedgerError::Damaged { object, detail: "it is gone".to_owned() })

@@ -27,6 +27,8 @@ use crate::types::ObjectDigest;
 
 /// How often one create is tried while the store answers neither "made" nor "taken".
 const CREATE_TRIES_MAX: u32 = 6;
+/// How often an object is fetched that does not come as it was written.
+const UNSOUND_MAX: u32 = 5;
 /// A failed first contact answers everyone who was waiting for it, not each in turn.
 const FAILED_CONTACT_SHARED: Duration = Duration::from_secs(1);
 /// Deletions under way at once.
@@ -174,24 +176,17 @@ impl Store {
 
     /// The whole object, if it is the one that `digest` was taken of.
     ///
-    /// A mismatch is fetched once more (a broken transfer), and then is `Corrupt` (a broken object).
+    /// A mismatch is fetched again (a broken transfer), and in the end is `Corrupt` (a broken object).
     pub async fn get_verified(
         &self,
         path: &str,
         digest: &ObjectDigest,
     ) -> Result<Bytes, StoreError> {
-        let first = self.get(path).await?;
-        if digest.matches(&first) {
-            return Ok(first);
+        let bytes = self.get_sound(path, |bytes| digest.matches(bytes)).await?;
+        if digest.matches(&bytes) {
+            return Ok(bytes);
         }
-        drop(first);
-        self.mismatch(path, 0);
-        let second = self.get(path).await?;
-        if digest.matches(&second) {
-            return Ok(second);
-        }
-        self.mismatch(path, 0);
-        let found = ObjectDigest::of(&second);
+        let found = ObjectDigest::of(&bytes);
         Err(StoreError::Corrupt {
             url: self.url.clone(),
             path: path.to_owned(),
@@ -200,6 +195,39 @@ impl Store {
                 digest.bytes, digest.sha256, found.bytes, found.sha256
             ),
         })
+    }
+
+    /// The whole object, fetched again as long as it is not `sound`, a few times: then what came last, for the
+    /// caller to say what is wrong with it.
+    pub async fn get_sound(
+        &self,
+        path: &str,
+        sound: impl Fn(&[u8]) -> bool,
+    ) -> Result<Bytes, StoreError> {
+        let mut bytes = self.get(path).await?;
+        for _ in 1..UNSOUND_MAX {
+            if sound(&bytes) {
+                break;
+            }
+            self.mismatch(path, 0);
+            bytes = self.get(path).await?;
+        }
+        Ok(bytes)
+    }
+
+    /// The whole object, whose digest nobody knows: the bytes that came twice in a row.
+    pub async fn get_agreed(&self, path: &str) -> Result<Bytes, StoreError> {
+        let mut last = self.get(path).await?;
+        for _ in 1..UNSOUND_MAX {
+            let again = self.get(path).await?;
+            if again == last {
+                return Ok(again);
+            }
+            self.mismatch(path, 0);
+            last = again;
+        }
+        let detail = "no two of its answers were alike".to_owned();
+        Err(StoreError::Corrupt { url: self.url.clone(), path: path.to_owned(), detail })
     }
 
     /// What went wrong with reads so far, here and in all clones and children of this store.

@@ -86,7 +86,7 @@ pub fn evaluate(options: &EvaluateOptions) -> Result<Evaluated, TrainerError> {
 pub(super) fn open_run(url: &str, wanted: Pick) -> Result<(RunConfig, Checkpoint), TrainerError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let run = Store::open(url, &StoreOptions::default().existing())?;
-    let text = runtime.block_on(run.get("config.toml"))?;
+    let text = runtime.block_on(run.get_agreed("config.toml"))?;
     let config =
         config::load(&ConfigSource::Text(String::from_utf8_lossy(&text).into_owned()), &[])?;
     let checkpoint = runtime.block_on(pick(&run, wanted))?;

@@ -80,7 +80,7 @@ impl Trainer {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let run = Store::open(&assignment.run, &StoreOptions::default())?;
-        let text = runtime.block_on(run.get("config.toml"))?;
+        let text = runtime.block_on(run.get_agreed("config.toml"))?;
         let text = String::from_utf8_lossy(&text).into_owned();
         let config = config::load(&ConfigSource::Text(text), &[])?;
         let dataset = open_dataset(&config)?;

@@ -309,17 +309,10 @@ class Figures:
             new = self.run.interruptions()[before:]
             return new if new and new[-1]["cause"]["kind"] == "joined" else None
         new = wait_for("the loss and the return", both)
-        # A generation's first step after the blow; what was in flight may have been applied a moment later.
         gone = next(i for i in new if i["cause"]["kind"] != "joined")
-        steps = [(when, step) for when, step in self.run.steps() if when > at]
-        after = [when for when, step in steps if step > gone.get("step", 0) and when - at > 0.9 * self.least(gone)]
-        return {"loss": min(after) - at if after else None, "join": new[-1]["at_unix_s"] - at, "verdict": gone,
+        # A verdict is given when the coordinator hears of the next generation's first step.
+        return {"loss": gone["at_unix_s"] - at, "join": new[-1]["at_unix_s"] - at,
                 "regroup": new[-1]["detect_s"] + new[-1]["regroup_s"] + new[-1]["step_s"]}
-
-    @staticmethod
-    def least(verdict):
-        """The next generation did not step before this, whatever was still applied of the last one."""
-        return verdict["regroup_s"]
 
     def coordinator(self):
         """Seconds from the coordinator's death to its successor's takeover, steps meanwhile, the longest step's wait."""

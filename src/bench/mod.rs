@@ -1,20 +1,21 @@
 //! Measurements that users can repeat: each is a function from options to a serialisable report.
 
+pub mod coordinator;
 pub mod data;
 pub mod step;
 
-/// Processor time of this process so far.
-fn cpu_seconds() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+/// Processor time of process `pid` (`self` for this one) so far.
+fn cpu_seconds(pid: &str) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // After the name in brackets: state is field 3, user and system ticks are 14 and 15.
     let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
     // Ticks are a hundredth of a second on every Linux x86_64.
     fields.skip(11).take(2).filter_map(|f| f.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
-/// The most memory that this process has had at once, as the kernel counts it.
-fn peak_rss_mib() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+/// The most memory that process `pid` has had at once, as the kernel counts it.
+fn peak_rss_mib(pid: &str) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
     let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse::<f64>().ok());
     kib.unwrap_or(f64::NAN) / 1024.0

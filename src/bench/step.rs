@@ -221,10 +221,10 @@ fn case(
     reset_peak();
     let mut seconds = Vec::with_capacity(options.steps);
     let steps = options.steps.max(1);
-    let mut cpu = cpu_seconds();
+    let mut cpu = cpu_seconds("self");
     for t in 0..options.settle + steps {
         if t == options.settle {
-            cpu = cpu_seconds();
+            cpu = cpu_seconds("self");
         }
         let start = Instant::now();
         let loss = trainer.step(t as u64, full)?;
@@ -241,9 +241,9 @@ fn case(
         precision: if precision == Precision::F32 { "f32" } else { "bf16" }.into(),
         seconds_per_step: median,
         seconds_best: seconds[0],
-        cpu_seconds_per_step: (cpu_seconds() - cpu) / steps as f64,
+        cpu_seconds_per_step: (cpu_seconds("self") - cpu) / steps as f64,
         images_per_second: options.batch as f64 / median,
-        peak_rss_mib: peak_rss_mib(),
+        peak_rss_mib: peak_rss_mib("self"),
     })
 }
 

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::{Failure, print, tell};
+use crate::bench::coordinator;
 use crate::bench::data::{self, DataOptions, DataReport, Task};
 use crate::data::order::order_digest;
 use crate::data::{Dataset, Deal, DealSpec};
 use crate::proto::EXIT_DONE;
-use crate::store::{Store, StoreOptions};
+use crate::store::{Store, StoreOptions, unique_id};
 use crate::types::WorldSize;
 
 /// What `cpcr bench data` takes.
@@ -31,6 +32,20 @@ pub struct DataArguments {
     /// A Python with the packages of benches/peers/requirements-data.txt; without it only ours.
     #[arg(long, value_name = "PYTHON", env = "CPCR_PEER_DATA_PYTHON")]
     peer_python: Option<PathBuf>,
+    /// JSON on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `cpcr bench coordinator` takes.
+#[derive(Debug, clap::Args)]
+pub struct CoordinatorArguments {
+    /// Members, each with a connection of its own.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    members: u32,
+    /// How long it is measured.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=120))]
+    seconds: u64,
     /// JSON on stdout.
     #[arg(long)]
     json: bool,
@@ -90,6 +105,37 @@ pub fn measure(arguments: DataArguments) -> Result<i32, Failure> {
         print(&format!("{}\n", serde_json::to_string(&report).map_err(Failure::failed)?))?;
     } else {
         print(&table(&report))?;
+    }
+    Ok(EXIT_DONE)
+}
+
+/// Measures a coordinator; the result is the exit status.
+///
+/// # Errors
+/// [`Failure`]: its files, or a coordinator that does not do what it should.
+pub async fn coordinator(arguments: CoordinatorArguments) -> Result<i32, Failure> {
+    let CoordinatorArguments { members, seconds, json } = arguments;
+    let folder = std::env::temp_dir().join(format!("cpcr-bench-{}", unique_id()));
+    let data = folder.join("data");
+    let store = Store::open(&data.display().to_string(), &StoreOptions::default())
+        .map_err(Failure::failed)?;
+    let measured = async {
+        super::run::phantoms(store).await?;
+        let program = std::env::current_exe().map_err(Failure::failed)?;
+        let asked = (members, seconds);
+        let report = coordinator::run(&program, &data, &folder.join("run"), asked).await;
+        report.map_err(Failure::failed)
+    };
+    let report = measured.await;
+    std::fs::remove_dir_all(&folder).map_err(Failure::failed)?;
+    let report = report?;
+    if json {
+        print(&format!("{}\n", serde_json::to_string(&report).map_err(Failure::failed)?))?;
+    } else {
+        print(&format!(
+            "{} members joined within {:.1} s; then {:.3} of a core, {:.0} MiB at most\n",
+            report.members, report.joined_s, report.cores, report.peak_rss_mib
+        ))?;
     }
     Ok(EXIT_DONE)
 }

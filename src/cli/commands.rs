@@ -109,6 +109,8 @@ enum Bench {
     },
     /// Streaming slices from object storage, beside a bare loop of GETs and other people's loaders.
     Data(DataArguments),
+    /// A coordinator with very many members.
+    Coordinator(bench::CoordinatorArguments),
     /// One contender of `bench data`.
     #[command(hide = true)]
     DataChild {
@@ -236,6 +238,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
             engine("bench", &std::iter::once("step".to_owned()).chain(rest).collect::<Vec<_>>())
         }
         Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
+        Command::Bench(Bench::Coordinator(arguments)) => bench::coordinator(arguments).await,
         Command::Bench(Bench::DataChild { task }) => bench::child(&task),
     }
 }

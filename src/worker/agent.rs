@@ -19,8 +19,10 @@ use crate::proto::wire::{self, agent_message, order};
 use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
 use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
-/// How often an agent gives a sign of life, and looks for its trainer's.
+/// How often an agent gives a sign of life.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often it looks for its trainer's.
+const WATCH: Duration = Duration::from_millis(250);
 /// Messages that may wait for the coordinator.
 const QUEUE: usize = 256;
 /// Pause between two tries to reach the coordinator.
@@ -166,7 +168,7 @@ impl Agent<'_> {
         let mut deadline = Instant::now() + self.options.patience;
         let connecting = connect(&self.options.coordinator);
         tokio::pin!(connecting);
-        let mut pulse = tokio::time::interval(HEARTBEAT);
+        let mut watch = tokio::time::interval(WATCH);
         loop {
             tokio::select! {
                 biased;
@@ -185,7 +187,7 @@ impl Agent<'_> {
                         }
                     }
                 },
-                _ = pulse.tick() => self.watch_trainer(),
+                _ = watch.tick() => self.watch_trainer(),
                 reason = &mut *stop, if self.stopping.is_none() => {
                     self.stopping = Some(reason);
                     match &mut self.trainer {
@@ -241,6 +243,7 @@ impl Agent<'_> {
             }
         };
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let mut watch = tokio::time::interval(WATCH);
         loop {
             let alive = tokio::select! {
                 // What the trainer has said is heard before its silence is judged.
@@ -259,8 +262,11 @@ impl Agent<'_> {
                     outbox.say(agent_message::Kind::Stop(wire::StopRequest { reason })).await
                 },
                 _ = heartbeat.tick() => {
-                    self.watch_trainer();
                     outbox.say(agent_message::Kind::Heartbeat(wire::Heartbeat {})).await
+                }
+                _ = watch.tick() => {
+                    self.watch_trainer();
+                    true
                 }
             };
             if !alive {

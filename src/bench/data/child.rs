@@ -116,7 +116,7 @@ fn read(
     steps: Option<Range<u64>>,
     cache: Option<&str>,
 ) -> Result<Reading, DataBenchError> {
-    let (began, cpu_began) = (Instant::now(), cpu_seconds());
+    let (began, cpu_began) = (Instant::now(), cpu_seconds("self"));
     let inner = Store::open(url, &StoreOptions::default().existing())?;
     let counting =
         Arc::new(Counting { inner, bytes: AtomicU64::new(0), requests: AtomicU64::new(0) });
@@ -135,8 +135,8 @@ fn read(
         images,
         seconds,
         first_batch_s: first_batch_s.unwrap_or(seconds),
-        cpu_s: cpu_seconds() - cpu_began,
-        peak_rss_mib: peak_rss_mib(),
+        cpu_s: cpu_seconds("self") - cpu_began,
+        peak_rss_mib: peak_rss_mib("self"),
         bytes: counting.bytes.load(Ordering::Relaxed),
         requests: counting.requests.load(Ordering::Relaxed),
     })
@@ -173,7 +173,7 @@ fn get(url: &str) -> Result<Reading, DataBenchError> {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(DataBenchError::io("start a runtime"))?;
-    let (began, cpu_began) = (Instant::now(), cpu_seconds());
+    let (began, cpu_began) = (Instant::now(), cpu_seconds("self"));
     let store = Store::open(url, &StoreOptions::default().existing())?;
     let dataset = Dataset::open(Arc::new(store.clone()))?;
     let (store, shards) = (&store, &dataset.manifest().shards);
@@ -192,8 +192,8 @@ fn get(url: &str) -> Result<Reading, DataBenchError> {
         images: shards.iter().map(|shard| shard.rows).sum(),
         seconds,
         first_batch_s: first_batch_s.unwrap_or(seconds),
-        cpu_s: cpu_seconds() - cpu_began,
-        peak_rss_mib: peak_rss_mib(),
+        cpu_s: cpu_seconds("self") - cpu_began,
+        peak_rss_mib: peak_rss_mib("self"),
         bytes,
         requests: shards.len() as u64,
     })

@@ -20,3 +20,5 @@ pub use records::LedgerPlace;
 mod simulation;
 #[cfg(test)]
 mod state_tests;
+#[cfg(test)]
+mod verdict_tests;

@@ -14,6 +14,7 @@
 //!
 //! Who comes is in `state/joins.rs`, what is lost in `state/losses.rs`.
 
+mod accounts;
 mod joins;
 mod losses;
 
@@ -22,8 +23,8 @@ use std::time::Duration;
 
 use super::events::{Effect, Event, Limits, Now, Progress};
 use super::members::{Member, Members, Trainer, choose, most_advanced};
-use super::verdict::{Account, Cause, CauseKind, Goodput, Interruption, Part, Victim};
-use crate::proto::{EXIT_DONE, EXIT_RESUMABLE, EXIT_USAGE};
+use super::verdict::{Account, Cause, CauseKind, Interruption};
+use crate::proto::{EXIT_RESUMABLE, EXIT_USAGE};
 use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
 /// Where the run stands.
@@ -245,87 +246,6 @@ impl State {
                 (self.furthest, self.fruitless) = (Some(done), 0);
             }
         }
-    }
-
-    /// Nothing is left to do. Its generation's trainers leave by themselves; those who were told to meet in another
-    /// one meanwhile, because a member joined in the last moment, would wait for peers that are gone.
-    fn completed(&mut self, generation: Generation, effects: &mut Vec<Effect>) {
-        self.complete = true;
-        let leaving = matches!(self.phase, Phase::Training { .. }) && generation == self.generation;
-        if !leaving && !matches!(self.phase, Phase::Finished { .. }) {
-            self.finish(EXIT_DONE, "complete".to_owned(), effects);
-        }
-    }
-
-    /// What the time until a sign of progress was spent on.
-    fn part_of(&self, progress: Progress) -> Part {
-        let stopping = matches!(self.phase, Phase::Training { stopping: Some(_), .. });
-        match (&self.interruption, progress) {
-            _ if stopping => Part::Stopping,
-            (Some(interruption), _) => interruption.part(),
-            (None, _) if self.longest_silence.is_none() && self.furthest.is_none() => {
-                Part::Starting
-            }
-            (None, Progress::Step { done, .. }) if Some(done) <= self.furthest => Part::Rework,
-            (None, Progress::Step { .. }) => Part::Training,
-            (None, Progress::Validating) => Part::Validation,
-            (None, Progress::Saving) => Part::Saving,
-        }
-    }
-
-    /// What the time since the last mark is spent on while nothing gets on.
-    fn part_now(&self) -> Part {
-        match (&self.phase, &self.interruption) {
-            (Phase::Training { stopping: Some(_), .. } | Phase::Finished { .. }, _) => {
-                Part::Stopping
-            }
-            (_, Some(interruption)) => interruption.part(),
-            (Phase::Training { .. }, None) if self.longest_silence.is_some() => Part::Training,
-            (Phase::Training { .. }, None) => Part::Starting,
-            _ => Part::Waiting,
-        }
-    }
-
-    /// The account of the time until `now`.
-    pub fn goodput(&mut self, now: Now) -> Goodput {
-        self.account.mark(now, self.part_now());
-        self.account.goodput()
-    }
-
-    /// A generation ended of this.
-    fn interrupted(&mut self, now: Now, cause: Cause, effects: &mut Vec<Effect>) {
-        if let Some(before) = self.interruption.take() {
-            self.close(before, None, effects);
-        }
-        let none = BTreeMap::new();
-        let ranks = match &self.phase {
-            Phase::Training { ranks, .. } | Phase::Adopting { ranks, .. } => ranks,
-            _ => &none,
-        };
-        let victim = |(node, rank): (&NodeId, &Rank)| {
-            let evidence = self.strandings.get(node).cloned();
-            (Some(*node) != cause.node).then_some(Victim { node: *node, rank: *rank, evidence })
-        };
-        let interruption = Interruption {
-            generation: self.generation,
-            world: WorldSize(u32::try_from(ranks.len()).unwrap_or(u32::MAX)),
-            step: self.furthest,
-            victims: ranks.iter().filter_map(victim).collect(),
-            also: Vec::new(),
-            last_progress: self.last_progress,
-            ended: now,
-            followed: None,
-            cause,
-        };
-        self.account.count(interruption.is_loss());
-        self.account.mark(now, interruption.part());
-        self.interruption = Some(interruption);
-    }
-
-    fn close(&self, interruption: Interruption, step: Option<Now>, effects: &mut Vec<Effect>) {
-        let verdict = interruption.over(step);
-        effects.push(Effect::Note(verdict.line()));
-        effects.push(Effect::Verdict(Box::new(verdict)));
     }
 
     fn heard(&mut self, now: Now, node: NodeId) {

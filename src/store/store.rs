@@ -197,6 +197,11 @@ impl Store {
         })
     }
 
+    /// How often bytes are fetched that are not as they should be: a disk says the same each time.
+    fn tries(&self) -> u32 {
+        if self.shared.reads.is_some() { UNSOUND_MAX } else { 1 }
+    }
+
     /// The whole object, fetched again as long as it is not `sound`, a few times: then what came last, for the
     /// caller to say what is wrong with it.
     pub async fn get_sound(
@@ -205,7 +210,7 @@ impl Store {
         sound: impl Fn(&[u8]) -> bool,
     ) -> Result<Bytes, StoreError> {
         let mut bytes = self.get(path).await?;
-        for _ in 1..UNSOUND_MAX {
+        for _ in 1..self.tries() {
             if sound(&bytes) {
                 break;
             }
@@ -218,7 +223,10 @@ impl Store {
     /// The whole object, which is small and whose digest nobody knows: the bytes that came twice.
     pub async fn get_agreed(&self, path: &str) -> Result<Bytes, StoreError> {
         let mut seen = vec![self.get(path).await?];
-        for _ in 1..UNSOUND_MAX {
+        if self.tries() == 1 {
+            return Ok(seen.remove(0));
+        }
+        for _ in 1..self.tries() {
             let again = self.get(path).await?;
             if seen.contains(&again) {
                 return Ok(again);

@@ -169,9 +169,8 @@ class Run:
         return clean and not left
 
     def audit(self):
-        server = None if self.server is None else self.environment
         for arguments in (["audit", self.url, "--json"], ["checkpoints", "verify", self.url, "--json"]):
-            done = subprocess.run([self.place.cpcr, *arguments], env=server or self.environment, cwd=self.folder,
+            done = subprocess.run([self.place.cpcr, *arguments], env=self.environment, cwd=self.folder,
                                   capture_output=True, text=True, timeout=RUN_S_MAX)
             if done.returncode != 0:
                 raise Violation(f"cpcr {arguments[0]}: status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")

@@ -3,14 +3,14 @@
 
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::{cpu_seconds, peak_rss_mib};
 use crate::proto::wire::coordinator_client::CoordinatorClient;
@@ -65,34 +65,33 @@ pub async fn run(
 ) -> Result<CoordinatorReport, CoordinatorBenchError> {
     let (child, address) = start(program, data, run, members).await?;
     let pid = child.id().map(|pid| pid.to_string()).unwrap_or_default();
-    let (started, ended) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
     let began = Instant::now();
-    let mut tasks = tokio::task::JoinSet::new();
+    let (told, mut places) = mpsc::channel(members as usize);
+    let mut lives = JoinSet::new();
     for node in 0..members {
-        let (address, started, ended) = (address.clone(), Arc::clone(&started), Arc::clone(&ended));
-        tasks.spawn(async move {
-            if let Err(error) = member(address, node, &started).await {
-                tracing::warn!(node, %error, "a member was left alone");
-            }
-            ended.fetch_add(1, Ordering::Relaxed);
-        });
+        lives.spawn(member(address.clone(), node, told.clone()));
     }
-    while started.load(Ordering::Relaxed) < members {
-        if began.elapsed() > JOINING_MAX {
-            let told = started.load(Ordering::Relaxed);
-            let why = format!("{told} of {members} members were told their places");
-            return Err(CoordinatorBenchError::Coordinator(why));
+    let all = async {
+        for _ in 0..members {
+            places.recv().await;
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    if tokio::time::timeout(JOINING_MAX, all).await.is_err() {
+        let seconds = JOINING_MAX.as_secs();
+        let why = format!("{members} members were not told their places within {seconds} s");
+        return Err(CoordinatorBenchError::Coordinator(why));
     }
     let joined_s = began.elapsed().as_secs_f64();
     let (since, cpu) = (Instant::now(), cpu_seconds(&pid));
-    tokio::time::sleep(Duration::from_secs(seconds)).await;
-    let (took, cpu) = (since.elapsed().as_secs_f64(), cpu_seconds(&pid) - cpu);
-    if ended.load(Ordering::Relaxed) > 0 || started.load(Ordering::Relaxed) != members {
+    // Whoever leaves, or is told another place, spoils it.
+    let spoilt = tokio::time::timeout(Duration::from_secs(seconds), async {
+        tokio::select! { _ = lives.join_next() => {}, _ = places.recv() => {} }
+    });
+    if spoilt.await.is_ok() {
         let why = "members were lost while nothing happened to them".to_owned();
         return Err(CoordinatorBenchError::Coordinator(why));
     }
+    let (took, cpu) = (since.elapsed().as_secs_f64(), cpu_seconds(&pid) - cpu);
     let peak_rss_mib = peak_rss_mib(&pid);
     Ok(CoordinatorReport { members, joined_s, seconds: took, cores: cpu / took, peak_rss_mib })
 }
@@ -134,7 +133,7 @@ async fn start(
 async fn member(
     address: String,
     node: u32,
-    started: &AtomicU32,
+    told: mpsc::Sender<()>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut client = CoordinatorClient::connect(format!("http://{address}")).await?;
     let hello = wire::Hello {
@@ -152,7 +151,7 @@ async fn member(
     let mut orders = client.join(messages).await?.into_inner();
     while let Some(order) = orders.message().await? {
         if matches!(order.kind, Some(order::Kind::Start(_))) {
-            started.fetch_add(1, Ordering::Relaxed);
+            told.send(()).await?;
         }
     }
     Ok(())

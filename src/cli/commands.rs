@@ -308,17 +308,15 @@ async fn s3(a: S3Arguments) -> Result<i32, Failure> {
     let mut options = S3ServerOptions::on_loopback(a.dir, a.access_key, a.secret_key);
     options.listen = a.listen;
     let server = serve(options).await.map_err(Failure::failed)?;
+    let mut proxy = None;
     if a.faults > 0.0 {
         let each = a.faults / InjectedFault::ALL.len() as f64;
         let plan = FaultPlan::seeded(a.faults_seed);
         let plan = InjectedFault::ALL.into_iter().fold(plan, |plan, fault| plan.rate(fault, each));
-        let proxy = FaultProxy::start(server.addr(), plan).await.map_err(Failure::failed)?;
-        announce(proxy.addr())?;
-        super::signals::interrupted().await;
-    } else {
-        announce(server.addr())?;
-        super::signals::interrupted().await;
+        proxy = Some(FaultProxy::start(server.addr(), plan).await.map_err(Failure::failed)?);
     }
+    announce(proxy.as_ref().map_or(server.addr(), FaultProxy::addr))?;
+    super::signals::interrupted().await;
     server.shutdown().await;
     Ok(EXIT_DONE)
 }

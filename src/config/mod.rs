@@ -170,14 +170,18 @@ impl RunConfig {
                 "at least 1, or nothing could be resumed",
             );
         }
-        if !(Recovery::TARGET_S_MIN..=3600).contains(&self.recovery.target_s) {
-            return fail(
-                "recovery.target_s",
-                self.recovery.target_s.to_string(),
-                "4 to 3600: signs of life come every second, and may be late",
-            );
-        }
+        self.validate_recovery()?;
         self.validate_loader()
+    }
+
+    fn validate_recovery(&self) -> Result<(), ConfigError> {
+        let (range, target_s) = (Recovery::TARGET_S, self.recovery.target_s);
+        if range.contains(&target_s) {
+            return Ok(());
+        }
+        let (least, most) = range.into_inner();
+        let why = format!("{least} to {most}: signs of life come every second, and may be late");
+        fail("recovery.target_s", target_s.to_string(), &why)
     }
 
     fn validate_loader(&self) -> Result<(), ConfigError> {

@@ -2,6 +2,7 @@
 //!
 //! Plain data: what the values may be is checked by [`super::RunConfig::validate`].
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -251,8 +252,8 @@ section!(
 );
 
 impl Recovery {
-    /// The smallest `target_s`: signs of life come every second, and must be allowed to be late.
-    pub const TARGET_S_MIN: u64 = 4;
+    /// What `target_s` may be: signs of life come every second, and must be allowed to be late.
+    pub const TARGET_S: RangeInclusive<u64> = 4..=3600;
 
     /// How long an agent, or a trainer's pulse, may be silent: the rest of the time is for what follows.
     #[must_use]

@@ -24,6 +24,7 @@ use std::time::Duration;
 use super::events::{Effect, Event, Limits, Now, Progress};
 use super::members::{Member, Members, Trainer, choose, most_advanced};
 use super::verdict::{Account, Cause, CauseKind, Interruption};
+use crate::ledger::Recorded;
 use crate::proto::{EXIT_RESUMABLE, EXIT_USAGE};
 use crate::types::{Backend, Generation, NodeId, Rank, Step, WorldSize};
 
@@ -208,14 +209,7 @@ impl State {
                     self.finish(status, reason, &mut effects);
                 }
             }
-            Event::Recorded(recorded) => {
-                if let Phase::Training { ranks, .. } = &self.phase
-                    && recorded.generation == self.generation
-                {
-                    let nodes = ranks.keys();
-                    effects.extend(nodes.map(|&node| Effect::Recorded { node, recorded }));
-                }
-            }
+            Event::Recorded(recorded) => self.recorded(recorded, &mut effects),
             Event::LedgerLost { status, reason } => {
                 if !matches!(self.phase, Phase::Finished { .. }) {
                     self.finish(status, reason, &mut effects);
@@ -227,6 +221,15 @@ impl State {
         self.maybe_start(now, &mut effects);
         self.prepare_idle(&mut effects);
         effects
+    }
+
+    /// Tells the trainers of this generation what the ledger holds of it.
+    fn recorded(&self, recorded: Recorded, effects: &mut Vec<Effect>) {
+        if let Phase::Training { ranks, .. } = &self.phase
+            && recorded.generation == self.generation
+        {
+            effects.extend(ranks.keys().map(|&node| Effect::Recorded { node, recorded }));
+        }
     }
 
     fn progressed(&mut self, now: Now, progress: Progress, effects: &mut Vec<Effect>) {

@@ -165,7 +165,7 @@ impl Verdict {
                  together again after {regroup_s:.2} s, the next step after {step_s:.2} s"
             ),
             (Some((generation, _)), ..) => {
-                format!("generation {generation}, which followed a loss ({cause}), took no step")
+                format!("generation {generation}, which followed ({cause}), took no step")
             }
             _ => format!("no generation followed ({cause})"),
         }

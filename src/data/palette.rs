@@ -113,17 +113,7 @@ mod tests {
         }
         let zeros = [0.0, -0.0, 0.0, -0.0, -0.0, 0.0, 0.0, 0.0, 0.0, -0.0];
         let again = back(&Palette::of(&zeros).unwrap(), zeros.len()).unwrap();
-        assert_eq!(again.map_bits(), zeros.to_vec().map_bits());
-    }
-
-    trait Bits {
-        fn map_bits(&self) -> Vec<u32>;
-    }
-
-    impl Bits for Vec<f32> {
-        fn map_bits(&self) -> Vec<u32> {
-            self.iter().map(|value| value.to_bits()).collect()
-        }
+        assert!(again.iter().map(|value| value.to_bits()).eq(zeros.map(f32::to_bits)));
     }
 
     #[test]

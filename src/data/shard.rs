@@ -129,13 +129,15 @@ pub fn encode(
         .set_offset_index_disabled(true)
         .set_max_row_group_row_count(Some(block_rows))
         .build();
-    let images: Vec<StoredImage> = rows.iter().map(StoredImage::of).collect();
-    let palettes = images.iter().any(|image| image.palette.is_some());
+    let found: Vec<Option<Palette>> = rows.iter().map(|row| Palette::of(&row.image)).collect();
+    let palettes = found.iter().any(Option::is_some);
     let columns = schema(channels, palettes, &DataType::Binary);
     let mut bytes = Vec::new();
     let mut writer =
         ArrowWriter::try_new(&mut bytes, Arc::clone(&columns), Some(properties)).map_err(bad)?;
-    for (block, images) in rows.chunks(block_rows).zip(images.chunks(block_rows)) {
+    for (block, found) in rows.chunks(block_rows).zip(found.chunks(block_rows)) {
+        let images: Vec<StoredImage> =
+            block.iter().zip(found).map(|(row, found)| StoredImage::of(row, found)).collect();
         // What Arrow's 32-bit offsets can tell apart; it would panic.
         let image_bytes: usize = images.iter().map(|image| image.bytes.len()).sum();
         if image_bytes > i32::MAX as usize {
@@ -145,7 +147,7 @@ pub fn encode(
             );
             return Err(DataError::invalid(object, why));
         }
-        let batch = to_batch(block, images, Arc::clone(&columns))
+        let batch = to_batch(block, &images, Arc::clone(&columns))
             .map_err(|error| DataError::invalid(object, error))?;
         writer.write(&batch).map_err(bad)?;
         writer.flush().map_err(bad)?;
@@ -164,13 +166,13 @@ struct StoredImage {
 }
 
 impl StoredImage {
-    fn of(row: &SliceRow) -> Self {
+    fn of(row: &SliceRow, palette: &Option<Palette>) -> Self {
         let bytes_of =
             |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        match Palette::of(&row.image) {
+        match palette {
             Some(Palette { values, planes }) => {
                 let dtype = PLACES[usize::from(values.len() > 256)];
-                Self { dtype, bytes: planes, palette: Some(bytes_of(&values)) }
+                Self { dtype, bytes: planes.clone(), palette: Some(bytes_of(values)) }
             }
             None => Self { dtype: FLOATS, bytes: bytes_of(&row.image), palette: None },
         }

@@ -182,7 +182,8 @@ impl Store {
         path: &str,
         digest: &ObjectDigest,
     ) -> Result<Bytes, StoreError> {
-        let bytes = self.get_sound(path, |bytes| digest.matches(bytes)).await?;
+        let sound = |bytes: &[u8]| digest.matches(bytes);
+        let bytes = self.fetch_sound(path, self.tries().max(2), sound).await?;
         if digest.matches(&bytes) {
             return Ok(bytes);
         }
@@ -209,8 +210,17 @@ impl Store {
         path: &str,
         sound: impl Fn(&[u8]) -> bool,
     ) -> Result<Bytes, StoreError> {
+        self.fetch_sound(path, self.tries(), sound).await
+    }
+
+    async fn fetch_sound(
+        &self,
+        path: &str,
+        tries: u32,
+        sound: impl Fn(&[u8]) -> bool,
+    ) -> Result<Bytes, StoreError> {
         let mut bytes = self.get(path).await?;
-        for _ in 1..self.tries() {
+        for _ in 1..tries {
             if sound(&bytes) {
                 break;
             }

@@ -159,6 +159,11 @@ pub enum Event {
     },
     /// The ledger holds steps of a generation.
     Recorded(Recorded),
+    /// Something that a generation's rank 0 said for the ledger was lost on the way.
+    ReceiptsMissing {
+        /// Which one's.
+        generation: Generation,
+    },
     /// The ledger cannot be written any more: the run goes no further unproven.
     LedgerLost {
         /// Exit status.

@@ -45,6 +45,8 @@ enum Entry {
 pub(super) enum Told {
     /// This much is recorded.
     Recorded(Recorded),
+    /// Something that this generation has said was lost on the way.
+    Missing(Generation),
     /// No more can be.
     Lost { status: i32, reason: String },
 }
@@ -120,7 +122,7 @@ async fn keep(
                 Some(Entry::Ready { generation, step, start }) => {
                     recorder.open(generation, step, Attestation::from_wire(start)?)?;
                 }
-                Some(Entry::Step { generation, receipt }) => recorder.add(generation, receipt)?,
+                Some(Entry::Step { generation, receipt }) => recorder.add(generation, receipt),
                 None => {
                     recorder.flush();
                     going_on = false;
@@ -128,10 +130,13 @@ async fn keep(
             },
             _ = tick.tick() => recorder.flush(),
         }
+        if let Some(generation) = recorder.wanted() {
+            // At the end nobody listens, here and below: what is not acknowledged is carried.
+            tell.send(Told::Missing(generation)).await.ok();
+        }
         while let Some(object) = recorder.object() {
             write(run, &object).await?;
             if let Some(recorded) = recorder.created(&object) {
-                // At the end nobody listens; what is not acknowledged is carried.
                 tell.send(Told::Recorded(recorded)).await.ok();
             }
         }
@@ -202,6 +207,7 @@ mod tests {
     async fn recorded(records: &mut Records) -> (Lineage, Step) {
         match records.told.recv().await {
             Some(Told::Recorded(told)) => (told.lineage, told.step),
+            Some(Told::Missing(generation)) => panic!("nothing of {generation} was lost"),
             Some(Told::Lost { reason, .. }) => panic!("{reason}"),
             None => panic!("the task has ended"),
         }
@@ -242,13 +248,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_report_that_is_missing_ends_it() {
+    async fn a_report_that_is_missing_is_asked_for() {
         let (mut records, _task) = start(place(), "w").await.unwrap();
         assert!([ready(), step(1)].iter().all(|event| records.note(Generation(1), event)));
         let mut told = records.told.recv().await;
         while let Some(Told::Recorded(_)) = told {
             told = records.told.recv().await;
         }
-        assert!(matches!(told, Some(Told::Lost { status: EXIT_FAILED, .. })));
+        assert!(matches!(told, Some(Told::Missing(Generation(1)))));
     }
 }

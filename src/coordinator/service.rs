@@ -169,6 +169,7 @@ async fn own(
             Some(input) = queue.recv() => event_of(input, &mut outbound.agents, &records, &outbound.status),
             Some(told) = records.told.recv() => Some(match told {
                 Told::Recorded(recorded) => Event::Recorded(recorded),
+                Told::Missing(generation) => Event::ReceiptsMissing { generation },
                 Told::Lost { status, reason } => Event::LedgerLost { status, reason },
             }),
             _ = account.tick() => {

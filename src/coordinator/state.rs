@@ -210,6 +210,7 @@ impl State {
                 }
             }
             Event::Recorded(recorded) => self.recorded(recorded, &mut effects),
+            Event::ReceiptsMissing { generation } => self.attest(generation, &mut effects),
             Event::LedgerLost { status, reason } => {
                 if !matches!(self.phase, Phase::Finished { .. }) {
                     self.finish(status, reason, &mut effects);
@@ -229,6 +230,15 @@ impl State {
             && recorded.generation == self.generation
         {
             effects.extend(ranks.keys().map(|&node| Effect::Recorded { node, recorded }));
+        }
+    }
+
+    /// Has rank 0 of this generation say once more where the ledger goes on.
+    fn attest(&self, generation: Generation, effects: &mut Vec<Effect>) {
+        let Phase::Training { ranks, .. } = &self.phase else { return };
+        let first = ranks.iter().find(|(_, rank)| **rank == Rank(0));
+        if let Some((&node, _)) = first.filter(|_| generation == self.generation) {
+            effects.push(Effect::Attest { node, generation });
         }
     }
 

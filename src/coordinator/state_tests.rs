@@ -210,6 +210,17 @@ fn a_new_coordinator_takes_over_a_generation_that_never_noticed() {
 }
 
 #[test]
+fn rank_0_is_asked_for_what_the_ledger_misses() {
+    let mut state = all_here();
+    let mut asked = |generation| {
+        let generation = Generation(generation);
+        state.apply(Duration::ZERO, Event::ReceiptsMissing { generation })
+    };
+    assert_eq!(asked(1), [Effect::Attest { node: NodeId(0), generation: Generation(1) }]);
+    assert_eq!(asked(7), [], "nobody has that");
+}
+
+#[test]
 fn a_generation_that_does_not_come_back_whole_goes_on_with_a_new_group() {
     let mut state = State::new(limits());
     state.apply(Duration::ZERO, came_back(2, 0, running(5, 2, false)));

@@ -2,11 +2,13 @@
 //!
 //! It turns openings and receipts into numbered objects. [`Recorder::object`] is the next one to
 //! create, [`Recorder::created`] says that it exists, and only then is anything acknowledged. A receipt that comes
-//! again is not taken again; one that comes too early is an error, for a hole would be worse than an end.
+//! again is not taken again. One that comes too early is not taken either: something before it was lost on the way,
+//! and whoever keeps all receipts is asked ([`Recorder::wanted`]) to open its generation once more.
 
 use std::collections::VecDeque;
 
 use super::error::LedgerError;
+use super::receipts::Carried;
 use super::record::{Attestation, FORMAT, OBJECT_RECEIPTS_MAX, Object, Opening, Run, object_path};
 use crate::types::{Generation, Lineage, Receipt, Step};
 
@@ -46,6 +48,10 @@ pub struct Recorder {
     /// In order; only the last one grows.
     drafts: VecDeque<Draft>,
     due: bool,
+    /// A generation that has said more than was understood.
+    missing: Option<Generation>,
+    /// Whether its trainer has been asked since the last flush.
+    asked: bool,
 }
 
 impl Recorder {
@@ -60,21 +66,29 @@ impl Recorder {
             lineage: None,
             drafts: VecDeque::new(),
             due: false,
+            missing: None,
+            asked: false,
         }
     }
 
-    /// A generation is ready to go on from the checkpoint of `step`: a lineage opens.
+    /// A generation is ready to go on from `step`: a lineage opens. Said again, it fills in what was missed.
     ///
     /// # Errors
-    /// [`LedgerError::Invalid`] for receipts that do not lead to that step.
+    /// [`LedgerError::Invalid`] for receipts that do not lead to that step, [`LedgerError::Gap`] if they leave out some
+    /// that nobody has recorded.
     pub fn open(
         &mut self,
         generation: Generation,
         step: Step,
         attested: Attestation,
     ) -> Result<(), LedgerError> {
-        if self.open.is_some_and(|(newest, _)| newest >= generation) {
-            return Ok(()); // said before, or of a generation that has ended
+        if let Some((newest, next)) = self.open {
+            if generation < newest {
+                return Ok(()); // it has ended
+            }
+            if generation == newest {
+                return self.fill_in(generation, next, &attested.carried, step);
+            }
         }
         let receipts = attested.carried.up_to(step)?.into();
         let opening = Opening {
@@ -88,22 +102,43 @@ impl Recorder {
         };
         self.drafts.push_back(Draft { generation, opening: Some(opening), receipts });
         self.open = Some((generation, step));
+        self.missing = None;
+        Ok(())
+    }
+
+    /// What a generation that is open says again: taken from `next` on.
+    fn fill_in(
+        &mut self,
+        generation: Generation,
+        next: Step,
+        carried: &Carried,
+        step: Step,
+    ) -> Result<(), LedgerError> {
+        let receipts = carried.up_to(step)?;
+        if carried.first > next {
+            return Err(LedgerError::Gap { wanted: next, found: carried.first });
+        }
+        self.missing = None;
+        for receipt in receipts {
+            self.add(generation, receipt);
+        }
         Ok(())
     }
 
     /// A rank of `generation` has applied a step.
-    ///
-    /// # Errors
-    /// [`LedgerError::Gap`] if an earlier one is missing.
-    pub fn add(&mut self, generation: Generation, receipt: Receipt) -> Result<(), LedgerError> {
-        let Some((_, next)) = self.open.filter(|(open, _)| *open == generation) else {
-            return Ok(()); // of a generation that has ended: whoever resumed has its own
+    pub fn add(&mut self, generation: Generation, receipt: Receipt) {
+        let newest = self.open.map(|(newest, _)| newest);
+        if newest.is_some_and(|newest| generation < newest) {
+            return; // of a generation that has ended: whoever resumed has its own
+        }
+        let Some((_, next)) =
+            self.open.filter(|(open, next)| *open == generation && receipt.step <= *next)
+        else {
+            self.misses(generation);
+            return;
         };
         if receipt.step < next {
-            return Ok(());
-        }
-        if receipt.step > next {
-            return Err(LedgerError::Gap { wanted: next, found: receipt.step });
+            return;
         }
         match self.drafts.back_mut() {
             Some(draft) => draft.receipts.push_back(receipt),
@@ -115,12 +150,25 @@ impl Recorder {
         let next = next.next();
         self.open = Some((generation, next));
         self.due |= next.0.is_multiple_of(self.checkpoint_every);
-        Ok(())
+    }
+
+    fn misses(&mut self, generation: Generation) {
+        if self.missing != Some(generation) {
+            (self.missing, self.asked) = (Some(generation), false);
+        }
+    }
+
+    /// The generation whose rank 0 is to say once more where it goes on: something that it said was lost. Said
+    /// once, and after a flush again, until that helps.
+    pub fn wanted(&mut self) -> Option<Generation> {
+        let asked = std::mem::replace(&mut self.asked, true);
+        self.missing.filter(|_| !asked)
     }
 
     /// Time has passed, or the run ends: what there is should be written.
     pub fn flush(&mut self) {
         self.due = true;
+        self.asked = false;
     }
 
     /// The object to create next, if it is time to. The same until [`Self::created`].
@@ -208,7 +256,7 @@ mod tests {
         assert_eq!(recorded, Some(told));
         for step in 0..100 {
             assert_eq!(recorder.object(), None, "step {step}");
-            recorder.add(generation, receipt(step)).unwrap();
+            recorder.add(generation, receipt(step));
         }
         let (object, recorded) = written(&mut recorder).unwrap(); // a checkpoint is due
         assert_eq!((object.number, object.opening.is_none()), (3, true));
@@ -216,34 +264,66 @@ mod tests {
         assert_eq!(recorded, Some(Recorded { step: Step(100), ..told }));
         recorder.flush();
         assert_eq!(recorder.object(), None, "there is nothing");
-        recorder.add(generation, receipt(100)).unwrap();
+        recorder.add(generation, receipt(100));
         assert!(recorder.object().is_some());
     }
 
     #[test]
     fn a_receipt_is_taken_once_in_order_and_from_the_newest_generation() {
         let mut recorder = Recorder::new("w".to_owned(), 2, 1);
-        recorder.add(Generation(1), receipt(0)).unwrap(); // before anything opened
+        recorder.add(Generation(1), receipt(0)); // before anything opened
         recorder.open(Generation(2), Step(0), attested(Carried::unrecorded(Step(0)))).unwrap();
-        recorder.add(Generation(2), receipt(0)).unwrap();
-        recorder.add(Generation(2), receipt(0)).unwrap();
-        recorder.add(Generation(1), receipt(1)).unwrap();
-        let gap = recorder.add(Generation(2), receipt(2)).unwrap_err();
-        assert!(matches!(gap, LedgerError::Gap { wanted: Step(1), found: Step(2) }));
+        recorder.add(Generation(2), receipt(0));
+        recorder.add(Generation(2), receipt(0));
+        recorder.add(Generation(1), receipt(1));
         let (object, _) = written(&mut recorder).unwrap();
         assert_eq!(object.receipts().collect::<Vec<_>>(), [receipt(0)]);
+    }
+
+    #[test]
+    fn what_was_lost_on_the_way_is_asked_for_and_filled_in() {
+        let mut recorder = Recorder::new("w".to_owned(), 2, 1);
+        let carried = |steps: u64| {
+            let kept: Vec<Receipt> = (0..steps).map(receipt).collect();
+            let (origin, first) = (Origin::Start, Step(0));
+            attested(Carried { origin, first, receipts: Run::pack(&kept) })
+        };
+        assert_eq!(recorder.wanted(), None);
+        // Where it opens is lost first.
+        recorder.add(Generation(3), receipt(1));
+        assert_eq!((recorder.wanted(), recorder.wanted()), (Some(Generation(3)), None));
+        recorder.flush();
+        assert_eq!(recorder.wanted(), Some(Generation(3)), "it is asked again");
+        recorder.open(Generation(3), Step(2), carried(2)).unwrap();
+        assert_eq!(recorder.wanted(), None);
+        // Then a step.
+        recorder.add(Generation(3), receipt(2));
+        recorder.add(Generation(3), receipt(4));
+        recorder.add(Generation(3), receipt(5));
+        assert_eq!(recorder.wanted(), Some(Generation(3)));
+        recorder.open(Generation(3), Step(6), carried(6)).unwrap();
+        recorder.add(Generation(3), receipt(6));
+        recorder.flush();
+        assert_eq!(recorder.wanted(), None, "nothing is missing");
+        let (object, _) = written(&mut recorder).unwrap();
+        assert_eq!(object.receipts().collect::<Vec<_>>(), (0..7).map(receipt).collect::<Vec<_>>());
+        // What nobody has any more.
+        let (origin, first) = (Origin::Lineage(Lineage(2)), Step(9));
+        let late = Carried { origin, first, receipts: Run::pack(&[receipt(9)]) };
+        let gap = recorder.open(Generation(3), Step(10), attested(late)).unwrap_err();
+        assert!(matches!(gap, LedgerError::Gap { wanted: Step(7), found: Step(9) }));
     }
 
     #[test]
     fn the_next_generation_waits_for_what_the_one_before_left() {
         let mut recorder = Recorder::new("w".to_owned(), 2, 100);
         recorder.open(Generation(1), Step(0), attested(Carried::unrecorded(Step(0)))).unwrap();
-        recorder.add(Generation(1), receipt(0)).unwrap();
+        recorder.add(Generation(1), receipt(0));
         let kept = [receipt(0), receipt(1)];
         let carried = Carried { origin: Origin::Start, first: Step(0), receipts: Run::pack(&kept) };
         assert!(recorder.open(Generation(2), Step(3), attested(carried.clone())).is_err());
         recorder.open(Generation(2), Step(2), attested(carried)).unwrap();
-        recorder.add(Generation(2), receipt(2)).unwrap();
+        recorder.add(Generation(2), receipt(2));
         let (first, told) = written(&mut recorder).unwrap();
         assert_eq!(told.map(|told| (told.generation, told.step)), Some((Generation(1), Step(1))));
         let (second, told) = written(&mut recorder).unwrap();
@@ -258,7 +338,7 @@ mod tests {
         recorder.open(Generation(1), Step(0), attested(Carried::unrecorded(Step(0)))).unwrap();
         let count = OBJECT_RECEIPTS_MAX as u64 + 5000;
         for step in 0..count {
-            recorder.add(Generation(1), receipt(step)).unwrap();
+            recorder.add(Generation(1), receipt(step));
         }
         let mut sizes = Vec::new();
         recorder.flush();

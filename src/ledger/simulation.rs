@@ -10,6 +10,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use super::fingerprint::Part;
 use super::{
     Attestation, Branches, Carried, FORMAT, Object, Origin, Receipts, Recorded, Recorder, Replay,
+    Run,
 };
 use crate::data::{Deal, DealSpec};
 use crate::types::{Generation, Step, WorldSize};
@@ -97,23 +98,54 @@ struct Coordinator {
     trainer: Trainer,
     /// Written, but no answer came: tried again with the same bytes.
     in_flight: Option<Object>,
+    /// Whether what rank 0 says is lost on the way just now.
+    cut_off: bool,
 }
 
 impl Coordinator {
     fn start(bucket: &mut Bucket, name: String, deal: &Deal, rng: &mut ChaCha8Rng) -> Self {
         let number = bucket.claim(&name);
-        let mut recorder = Recorder::new(name, number, 7);
+        let recorder = Recorder::new(name, number, 7);
         let trainer = Trainer::resume(Generation(1), bucket, rng);
-        recorder.open(trainer.generation, trainer.step, trainer.attested(deal)).unwrap();
-        Self { recorder, generations: 1, trainer, in_flight: None }
+        let (in_flight, cut_off) = (None, false);
+        let mut new = Self { recorder, generations: 1, trainer, in_flight, cut_off };
+        new.attest(deal);
+        new
+    }
+
+    /// Rank 0 says where the ledger goes on.
+    fn attest(&mut self, deal: &Deal) {
+        let trainer = &self.trainer;
+        if !self.cut_off {
+            self.recorder.open(trainer.generation, trainer.step, trainer.attested(deal)).unwrap();
+        }
+    }
+
+    /// Rank 0 is asked, if something of its generation is missing.
+    fn ask(&mut self, deal: &Deal) {
+        if self.recorder.wanted() == Some(self.trainer.generation) {
+            self.attest(deal);
+        }
     }
 
     /// The trainer died: the next generation.
     fn restart(&mut self, bucket: &Bucket, deal: &Deal, rng: &mut ChaCha8Rng) {
         self.generations += 1;
         self.trainer = Trainer::resume(Generation(self.generations), bucket, rng);
-        let trainer = &self.trainer;
-        self.recorder.open(trainer.generation, trainer.step, trainer.attested(deal)).unwrap();
+        self.attest(deal);
+    }
+
+    /// Whether everything that rank 0 has done is known, once it can be heard again.
+    fn catches_up(&mut self, bucket: &mut Bucket, deal: &Deal, rng: &mut ChaCha8Rng) -> bool {
+        self.cut_off = false;
+        self.step(bucket, deal, Checkpoints::Carry);
+        self.recorder.flush();
+        self.ask(deal);
+        while self.recorder.object().is_some() || self.in_flight.is_some() {
+            assert!(self.write(bucket, rng), "it is obeyed");
+        }
+        let newest = bucket.objects.values().rev().find_map(|object| object.receipts.last());
+        newest.and_then(Run::next) == Some(self.trainer.step)
     }
 
     fn step(&mut self, bucket: &mut Bucket, deal: &Deal, checkpoints: Checkpoints) {
@@ -121,7 +153,9 @@ impl Coordinator {
         let receipt = Part::planned(deal, trainer.step).receipt(trainer.step);
         trainer.receipts.push(receipt).unwrap();
         trainer.step = trainer.step.next();
-        self.recorder.add(trainer.generation, receipt).unwrap();
+        if !self.cut_off {
+            self.recorder.add(trainer.generation, receipt);
+        }
         if trainer.step.0.is_multiple_of(7) {
             // What stands there already stays.
             let mut carried = trainer.receipts.carried();
@@ -212,7 +246,8 @@ fn live(seed: u64, deal: &Deal, checkpoints: Checkpoints) -> Result<Life, String
             // A second one is started; the first does not know.
             1 => older = Some(std::mem::replace(&mut newest, begin(bucket, &mut life, rng))),
             2 => newest.restart(bucket, deal, rng),
-            3..=6 => newest.recorder.flush(),
+            3 => newest.cut_off = !newest.cut_off,
+            4..=6 => newest.recorder.flush(),
             7..=12 => assert!(newest.write(bucket, rng), "seed {seed}: it is obeyed"),
             13..=15 => {
                 if let Some(coordinator) = &mut older {
@@ -230,10 +265,14 @@ fn live(seed: u64, deal: &Deal, checkpoints: Checkpoints) -> Result<Life, String
             }
             _ => newest.step(bucket, deal, checkpoints),
         }
+        newest.ask(deal);
         if rng.next_u32().is_multiple_of(16) {
             let steps = bucket.audit(deal).map_err(|found| format!("event {event}: {found}"))?;
             life.furthest = life.furthest.max(steps);
         }
+    }
+    if !newest.catches_up(bucket, deal, rng) {
+        return Err("what was lost on the way stays lost".to_owned());
     }
     Ok(life)
 }

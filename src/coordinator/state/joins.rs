@@ -6,7 +6,7 @@ use super::super::events::{Effect, Now, Running};
 use super::super::members::{Member, Trainer};
 use super::super::verdict::{Cause, CauseKind, Part};
 use super::{Phase, State};
-use crate::types::{NodeId, Rank};
+use crate::types::NodeId;
 
 impl State {
     pub(super) fn joined(
@@ -83,14 +83,11 @@ impl State {
         effects.push(Effect::Note(format!(
             "took over {world} workers in the midst of training: nothing was interrupted"
         )));
-        let first = ranks.iter().find(|(_, rank)| **rank == Rank(0)).map(|(node, _)| *node);
-        if let Some(node) = first {
-            effects.push(Effect::Attest { node, generation: self.generation });
-        }
         self.account.mark(now, Part::Training);
         self.last_progress = now;
         self.longest_silence = None;
         self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
+        self.attest(self.generation, effects);
         if let Some(reason) = self.stop.take() {
             self.stop_requested(now, reason, effects);
         }

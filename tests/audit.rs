@@ -228,7 +228,7 @@ fn what_is_no_run_and_what_has_no_ledger_is_told() {
         model: tensors(),
         optimizer: tensors(),
         state: TrainState(serde_json::json!({ "history": "" })),
-        best: None,
+        best: Vec::new(),
     };
     let identity = RunIdentity { config_sha256: "0".repeat(64), dataset_sha256: "0".repeat(64) };
     let url = folder.path().display().to_string();

@@ -30,6 +30,10 @@ fn tensors(seed: u8) -> NamedTensors {
         .collect()
 }
 
+fn keeping(keep_last: usize) -> Retention {
+    Retention { keep_last, keep_every: 0, keep_best: 1 }
+}
+
 fn snapshot(step: u64) -> Snapshot {
     Snapshot {
         step: Step(step),
@@ -39,7 +43,7 @@ fn snapshot(step: u64) -> Snapshot {
         model: tensors(step as u8),
         optimizer: tensors((step as u8).wrapping_add(100)),
         state: TrainState(serde_json::json!({"best": {"step": step, "dice": 0.5}})),
-        best: None,
+        best: Vec::new(),
     }
 }
 
@@ -126,14 +130,14 @@ async fn failing_at_any_operation_never_commits_a_broken_checkpoint() {
             let faulty = FaultyStore::new(Arc::clone(&inner), fault(n));
             let run = Store::from_engine(Arc::clone(&faulty) as Arc<dyn ObjectStore>, "faulty:///");
             let outcome = write(&run, &identity(), &snapshot(400)).await;
-            let retained = retain(&run, Retention { keep_last: 2 }, Some(Step(100))).await;
+            let retained = retain(&run, keeping(2), &[Step(100)]).await;
 
             assert_whole(&sound).await;
             let newest = latest_step(&sound).await.unwrap();
             assert!(newest == 400 || (newest == 300 && outcome.is_err()), "{:?}", fault(n));
             // The next life of the run finishes the job whatever was left behind.
             write(&sound, &identity(), &snapshot(400)).await.unwrap();
-            retain(&sound, Retention { keep_last: 2 }, Some(Step(100))).await.unwrap();
+            retain(&sound, keeping(2), &[Step(100)]).await.unwrap();
             assert_whole(&sound).await;
             let objects = sound.list("checkpoints").await.unwrap();
             assert_eq!(objects.len(), 3 * 4, "{:?} left orphans: {objects:?}", fault(n));
@@ -210,7 +214,7 @@ async fn retention_keeps_the_last_the_best_and_everything_if_the_newest_is_damag
     run.put("checkpoints/step-00000004/dead/model.safetensors", Bytes::new()).await.unwrap();
     run.put("checkpoints/step-00000003-not-ours", Bytes::new()).await.unwrap();
     run.put("checkpoints/step-00000009/live/model.safetensors", Bytes::new()).await.unwrap();
-    let removed = retain(&run, Retention { keep_last: 2 }, Some(Step(2))).await.unwrap();
+    let removed = retain(&run, keeping(2), &[Step(2)]).await.unwrap();
     assert_eq!(removed, [Step(1), Step(3)]);
     let steps: Vec<_> = list_rows(&run).await.unwrap().iter().map(|row| row.step.0).collect();
     assert_eq!(steps, [6, 5, 4, 2]);
@@ -239,11 +243,10 @@ async fn rows_say_what_is_known() {
 fn the_writer_serves_a_plain_thread() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let run = memory();
-    let options =
-        WriterOptions { identity: identity(), retention: Some(Retention { keep_last: 2 }) };
+    let options = WriterOptions { identity: identity(), retention: Some(keeping(2)) };
     let writer = Writer::start(runtime.handle().clone(), run.clone(), options).unwrap();
     for step in 1..=4 {
-        writer.submit(snapshot(step)).unwrap();
+        writer.submit(Step(step), move || Ok(snapshot(step))).unwrap();
     }
     assert_eq!(writer.flush(|| {}).unwrap().len(), 4);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(4));
@@ -251,7 +254,7 @@ fn the_writer_serves_a_plain_thread() {
 
     let mut broken = snapshot(5);
     broken.model[0].1.shape = vec![7];
-    writer.submit(broken).unwrap();
+    writer.submit(Step(5), || Ok(broken)).unwrap();
     let error = writer.flush(|| {}).unwrap_err();
     assert!(error.to_string().contains("step 5"), "{error}");
     assert_eq!(writer.flush(|| {}).unwrap(), vec![], "an error is told once");
@@ -259,10 +262,10 @@ fn the_writer_serves_a_plain_thread() {
     // Nobody flushes during a long run: the next snapshot's owner is told.
     let mut broken = snapshot(5);
     broken.model[0].1.shape = vec![7];
-    writer.submit(broken).unwrap();
-    let told = (0..100_000).find_map(|_| writer.submit(snapshot(4)).err());
+    writer.submit(Step(5), || Ok(broken)).unwrap();
+    let told = (0..100_000).find_map(|_| writer.submit(Step(4), move || Ok(snapshot(4))).err());
     assert!(told.unwrap().to_string().contains("step 5"));
-    writer.submit(snapshot(6)).unwrap();
+    writer.submit(Step(6), move || Ok(snapshot(6))).unwrap();
     drop(writer);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(6), "dropping lets the last one finish");
 }

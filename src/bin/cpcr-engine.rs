@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use cpcr::bench::checkpoint::{self, CheckpointOptions};
 use cpcr::bench::step::{self, StepOptions};
 use cpcr::cli::{self, Failure};
 use cpcr::data::Split;
@@ -191,6 +192,21 @@ enum Bench {
         #[arg(long, env = "CPCR_PEER_PYTHON")]
         peer_python: Option<PathBuf>,
     },
+    /// How long a checkpoint holds training up, beside a plain copy of as many bytes.
+    Checkpoint {
+        /// One line of JSON on stdout instead of an indented report.
+        #[arg(long)]
+        json: bool,
+        /// How many times the paper's widths the network has; its state grows with the square.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i64).range(1..=16))]
+        widths_times: i64,
+        /// Threads of the trainer, which copy.
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=1024))]
+        threads: i32,
+        /// Measured rounds; medians count.
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+        rounds: u16,
+    },
 }
 
 fn main() -> ExitCode {
@@ -314,12 +330,29 @@ fn write(export: Export) -> Result<i32, Failure> {
 }
 
 fn measure(bench: Bench) -> Result<i32, Failure> {
-    let Bench::Step { json, batch, side, threads, steps, gap_steps, peer_python } = bench;
-    let options =
-        StepOptions { batch, side, threads, steps, gap_steps, peer_python, ..Default::default() };
-    let report = step::run(&options).map_err(Failure::failed)?;
+    match bench {
+        Bench::Step { json, batch, side, threads, steps, gap_steps, peer_python } => {
+            let options = StepOptions {
+                batch,
+                side,
+                threads,
+                steps,
+                gap_steps,
+                peer_python,
+                ..Default::default()
+            };
+            say(json, &step::run(&options).map_err(Failure::failed)?)
+        }
+        Bench::Checkpoint { json, widths_times, threads, rounds } => {
+            let options = CheckpointOptions { widths_times, threads, rounds: rounds.into() };
+            say(json, &checkpoint::run(&options).map_err(Failure::failed)?)
+        }
+    }
+}
+
+fn say(json: bool, report: &impl serde::Serialize) -> Result<i32, Failure> {
     let text =
-        if json { serde_json::to_string(&report) } else { serde_json::to_string_pretty(&report) };
+        if json { serde_json::to_string(report) } else { serde_json::to_string_pretty(report) };
     cli::print(&format!("{}\n", text.map_err(Failure::failed)?))?;
     Ok(EXIT_DONE)
 }

@@ -17,26 +17,35 @@ use crate::types::Step;
 pub struct Retention {
     /// The newest so many; at least one stays whatever this says.
     pub keep_last: usize,
+    /// Those whose step is a multiple of this; none where it is 0.
+    pub keep_every: u64,
+    /// So many of those that validated best.
+    pub keep_best: usize,
 }
 
 /// The steps to remove, oldest first.
 ///
 /// `verified` is the newest step known to be whole. It and everything newer stay (the newer are
-/// damaged, or just being written); of the others those beyond `keep_last`, except `best`.
+/// damaged, or just being written), and of the others those that `retention` says. `best` has the steps that were
+/// validated, the best first; those without a checkpoint do not count.
 #[must_use]
 pub fn plan(
     steps: &BTreeSet<Step>,
     verified: Step,
-    best: Option<Step>,
+    best: &[Step],
     retention: Retention,
 ) -> Vec<Step> {
+    let there = best.iter().filter(|step| steps.contains(step));
+    let best: BTreeSet<&Step> = there.take(retention.keep_best).collect();
+    let is_landmark =
+        |step: Step| retention.keep_every > 0 && step.0.is_multiple_of(retention.keep_every);
     let mut kept = 0;
     let mut remove: Vec<Step> = steps
         .range(..=verified)
         .rev()
         .filter(|&&step| {
             kept += 1;
-            kept > retention.keep_last.max(1) && Some(step) != best
+            kept > retention.keep_last.max(1) && !best.contains(&step) && !is_landmark(step)
         })
         .copied()
         .collect();
@@ -52,7 +61,7 @@ pub fn plan(
 pub async fn retain(
     run: &Store,
     retention: Retention,
-    best: Option<Step>,
+    best: &[Step],
 ) -> Result<Vec<Step>, CheckpointError> {
     let Some(newest) = latest(run).await? else { return Ok(Vec::new()) };
     let steps: BTreeSet<Step> = steps_down(run).await?.into_iter().collect();
@@ -112,18 +121,24 @@ mod tests {
         fn what_must_stay_stays_and_nothing_else(
             steps in proptest::collection::btree_set(0u64..60, 1..20),
             verified_index in 0usize..20,
-            best in proptest::option::of(0u64..60),
+            best in proptest::collection::vec(0u64..60, 0..8),
             keep_last in 0usize..6,
+            keep_every in 0u64..9,
+            keep_best in 0usize..4,
         ) {
             let steps: BTreeSet<Step> = steps.into_iter().map(Step).collect();
             let verified = *steps.iter().nth(verified_index % steps.len()).unwrap();
-            let best = best.map(Step);
+            let best: Vec<Step> = best.into_iter().map(Step).collect();
+            let retention = Retention { keep_last, keep_every, keep_best };
             let removed: BTreeSet<Step> =
-                plan(&steps, verified, best, Retention { keep_last }).into_iter().collect();
+                plan(&steps, verified, &best, retention).into_iter().collect();
             for &step in &steps {
-                // The naive oracle: how many whole-or-older checkpoints are at least as new.
+                // The naive oracle: how many whole-or-older checkpoints are at least as new, how many are better.
                 let newer = steps.iter().filter(|&&s| s >= step && s <= verified).count();
-                let stays = step >= verified || Some(step) == best || newer <= keep_last;
+                let better = best.iter().take_while(|&&s| s != step).filter(|s| steps.contains(s));
+                let among_best = best.contains(&step) && better.count() < keep_best;
+                let landmark = keep_every != 0 && step.0 % keep_every == 0;
+                let stays = step >= verified || among_best || landmark || newer <= keep_last;
                 prop_assert_eq!(!removed.contains(&step), stays, "{}", step);
             }
             prop_assert!(removed.is_subset(&steps));

@@ -1,7 +1,7 @@
 //! Writing checkpoints beside training: a thread with a queue of one.
 //!
-//! [`Writer`] is used from the training thread, which is no async task: `submit` hands over host
-//! copies and returns; `flush` waits. The protocol is [`write()`]: objects under a fresh attempt, all
+//! [`Writer`] is used from the training thread, which is no async task: `submit` hands over what makes
+//! a snapshot and returns; `flush` waits. The protocol is [`write()`]: objects under a fresh attempt, all
 //! acknowledged, then one created manifest. A crash anywhere leaves either no manifest or a whole
 //! checkpoint.
 
@@ -46,8 +46,8 @@ pub struct Snapshot {
     pub optimizer: NamedTensors,
     /// Everything else.
     pub state: TrainState,
-    /// The best step so far, which retention keeps.
-    pub best: Option<Step>,
+    /// The steps validated so far, the best first: what retention goes by.
+    pub best: Vec<Step>,
 }
 
 /// What every checkpoint of a run says about the run.
@@ -178,8 +178,11 @@ pub struct Writer {
     failed: Arc<AtomicBool>,
 }
 
+/// Makes a snapshot of what was copied when it was submitted.
+type Make = Box<dyn FnOnce() -> Result<Snapshot, CheckpointError> + Send>;
+
 enum Order {
-    Write(Box<Snapshot>),
+    Write(Step, Make),
     Flush(SyncSender<Result<Vec<Outcome>, CheckpointError>>),
 }
 
@@ -197,16 +200,21 @@ impl Writer {
         Ok(Self { orders: Some(orders), thread: Some(thread), failed })
     }
 
-    /// Hands over a snapshot; waits only while another is waiting already.
+    /// Hands over the snapshot of `step`, which `make` makes on the writer's thread; waits only while another is waiting
+    /// already.
     ///
     /// # Errors
     /// That of an earlier snapshot which could not be written: whoever goes on regardless would
     /// train without a net. It is told once.
-    pub fn submit(&self, snapshot: Snapshot) -> Result<(), CheckpointError> {
+    pub fn submit(
+        &self,
+        step: Step,
+        make: impl FnOnce() -> Result<Snapshot, CheckpointError> + Send + 'static,
+    ) -> Result<(), CheckpointError> {
         if self.failed.swap(false, Ordering::Acquire) {
             self.flush(|| {})?;
         }
-        self.order(Order::Write(Box::new(snapshot)))
+        self.order(Order::Write(step, Box::new(make)))
     }
 
     /// Waits until everything submitted is committed, calling `waiting` about every second: what
@@ -256,9 +264,9 @@ fn serve(
     let mut since_flush: Result<Vec<Outcome>, CheckpointError> = Ok(Vec::new());
     for order in queue {
         match order {
-            Order::Write(snapshot) => {
-                let result = runtime.block_on(write_and_retain(run, options, &snapshot));
-                match result {
+            Order::Write(step, make) => {
+                let write = |snapshot| runtime.block_on(write_and_retain(run, options, &snapshot));
+                match make().and_then(write) {
                     Ok(outcome) => {
                         if let Ok(outcomes) = &mut since_flush {
                             outcomes.truncate(OUTCOMES_MAX - 1);
@@ -266,7 +274,7 @@ fn serve(
                         }
                     }
                     Err(error) => {
-                        tracing::error!(run = %run, step = %snapshot.step, %error, "checkpoint not written");
+                        tracing::error!(run = %run, %step, %error, "checkpoint not written");
                         if since_flush.is_ok() {
                             since_flush = Err(error);
                         }
@@ -291,7 +299,7 @@ async fn write_and_retain(
 ) -> Result<Outcome, CheckpointError> {
     let outcome = write(run, &options.identity, snapshot).await?;
     if let Some(retention) = options.retention
-        && let Err(error) = retain(run, retention, snapshot.best).await
+        && let Err(error) = retain(run, retention, &snapshot.best).await
     {
         // The checkpoint is there; old ones are cleared after the next.
         tracing::warn!(run = %run, %error, "old checkpoints were not removed");

@@ -1,6 +1,7 @@
 //! `cpcr`: the commands that need no tensors; the others are handed to `cpcr-engine`.
 
 use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command as Process;
 use std::time::Duration;
@@ -103,6 +104,13 @@ enum Bench {
     /// The training step against the same network in plain PyTorch.
     #[command(disable_help_flag = true)]
     Step {
+        /// Handed to cpcr-engine.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+    /// How long a checkpoint holds training up, beside a plain copy of as many bytes.
+    #[command(disable_help_flag = true)]
+    Checkpoint {
         /// Handed to cpcr-engine.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
@@ -234,13 +242,16 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Compare(arguments) => compare::compare(*arguments).await,
         Command::Predict { rest } => engine("predict", &rest),
         Command::Export { rest } => engine("export", &rest),
-        Command::Bench(Bench::Step { rest }) => {
-            engine("bench", &std::iter::once("step".to_owned()).chain(rest).collect::<Vec<_>>())
-        }
+        Command::Bench(Bench::Step { rest }) => engine_bench("step", rest),
+        Command::Bench(Bench::Checkpoint { rest }) => engine_bench("checkpoint", rest),
         Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
         Command::Bench(Bench::Coordinator(arguments)) => bench::coordinator(arguments).await,
         Command::Bench(Bench::DataChild { task }) => bench::child(&task),
     }
+}
+
+fn engine_bench(what: &str, rest: Vec<String>) -> Result<i32, Failure> {
+    engine("bench", &std::iter::once(what.to_owned()).chain(rest).collect::<Vec<_>>())
 }
 
 /// Tells the parent where this process listens.
@@ -372,5 +383,9 @@ fn engine(command: &str, rest: &[String]) -> Result<i32, Failure> {
         .args(rest)
         .status()
         .map_err(Failure::failed)?;
-    Ok(status.code().unwrap_or(EXIT_FAILED))
+    status.code().ok_or_else(|| {
+        let signal = status.signal().unwrap_or_default();
+        let memory = if signal == 9 { ", as by a machine that is out of memory" } else { "" };
+        Failure::failed(format!("cpcr-engine {command} was killed by signal {signal}{memory}"))
+    })
 }

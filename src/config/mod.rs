@@ -170,6 +170,12 @@ impl RunConfig {
                 "at least 1, or nothing could be resumed",
             );
         }
+        let (every, landmark) = (self.checkpoint.every, self.checkpoint.keep_every);
+        if !landmark.is_multiple_of(every) {
+            let why =
+                format!("a multiple of checkpoint.every, {every}, or no checkpoint is made there");
+            return fail("checkpoint.keep_every", landmark.to_string(), &why);
+        }
         self.validate_recovery()?;
         self.validate_loader()
     }

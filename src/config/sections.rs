@@ -218,6 +218,10 @@ section!(
         every: u64 = 500,
         /// How many of the newest are kept.
         keep_last: u32 = 3,
+        /// Those whose step is a multiple of this are kept for good; 0: none is.
+        keep_every: u64 = 0,
+        /// How many of those that validated best are kept.
+        keep_best: u32 = 1,
     }
 );
 

@@ -7,7 +7,7 @@
 use tch::{Device, Tensor};
 
 use super::network::{Heads, Network, NetworkConfig};
-use super::params::HostTensor;
+use super::params::{HostTensor, to_host};
 use super::perturb::key_of;
 use super::sgd::Sgd;
 use super::{ModelError, Statistics};
@@ -153,28 +153,35 @@ impl Ensemble {
         students.chain(self.teacher.iter().map(|t| (TEACHER, t)))
     }
 
-    /// All networks' states, the others' names behind their prefix.
+    /// All networks' tensors in order, the others' names behind their prefix.
+    pub(super) fn state(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.named().flat_map(|(prefix, net)| {
+            net.params().all().map(move |(name, tensor)| (format!("{prefix}{name}"), tensor))
+        })
+    }
+
+    /// The optimisers' tensors, named likewise.
+    pub(super) fn momentum(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.students.iter().flat_map(|student| {
+            let buffers = student.sgd.buffers();
+            buffers.map(|(name, tensor)| (format!("{}{name}", student.prefix), tensor))
+        })
+    }
+
+    /// The networks' states as bytes.
     ///
     /// # Errors
     /// Where a tensor cannot be copied to the host.
     pub fn to_host(&self) -> Result<Vec<HostTensor>, ModelError> {
-        let mut all = Vec::new();
-        for (prefix, net) in self.named() {
-            all.extend(prefixed(prefix, net.params().to_host()?));
-        }
-        Ok(all)
+        self.state().map(|(name, tensor)| to_host(&name, tensor)).collect()
     }
 
-    /// The optimisers' states, named likewise.
+    /// The optimisers' states as bytes.
     ///
     /// # Errors
     /// Where a tensor cannot be copied to the host.
     pub fn momentum_to_host(&self) -> Result<Vec<HostTensor>, ModelError> {
-        let mut all = Vec::new();
-        for student in &self.students {
-            all.extend(prefixed(student.prefix, student.sgd.to_host()?));
-        }
-        Ok(all)
+        self.momentum().map(|(name, tensor)| to_host(&name, tensor)).collect()
     }
 
     /// Takes over what [`Ensemble::to_host`] and [`Ensemble::momentum_to_host`] gave.
@@ -207,10 +214,6 @@ impl Ensemble {
         self.main().params().load_host(state)?;
         self.follow(0.0)
     }
-}
-
-fn prefixed(prefix: &'static str, state: Vec<HostTensor>) -> impl Iterator<Item = HostTensor> {
-    state.into_iter().map(move |t| HostTensor { name: format!("{prefix}{}", t.name), ..t })
 }
 
 /// What a state holds of the first student alone: the tensors without a prefix.
@@ -258,6 +261,7 @@ impl Split {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::StateCopy;
     use tch::Kind;
 
     fn ensemble(two_students: bool, teacher: bool) -> Ensemble {
@@ -315,5 +319,24 @@ mod tests {
             ensemble(true, false).load_host(single, Vec::new()),
             Err(ModelError::Missing(_))
         ));
+    }
+
+    #[test]
+    fn a_copy_is_the_state_when_it_was_taken_and_can_be_used_again() {
+        let mut all = ensemble(true, true);
+        let mut copy = StateCopy::default();
+        for round in 0..2 {
+            all.copy_state(&mut copy).unwrap();
+            let then = (all.to_host().unwrap(), all.momentum_to_host().unwrap());
+            assert_eq!(then.1.is_empty(), round == 0, "momentum comes with the first step");
+            let bytes = then.0.iter().chain(&then.1).map(|t| t.bytes.len()).sum::<usize>();
+            assert_eq!(copy.bytes(), bytes);
+            let w = all.main().params().get("decoder.out_conv.weight").unwrap();
+            let loss = (w * w).sum(Kind::Float);
+            ops::backward(&[loss.shallow_clone()], &[loss.ones_like()]).unwrap();
+            all.step(0.5, Vec::new()).unwrap();
+            assert_ne!(all.to_host().unwrap(), then.0);
+            assert_eq!(copy.to_host().unwrap(), then);
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! keyed and come in from outside; batch-norm statistics change only when they are committed.
 
 mod blocks;
+mod copy;
 mod ensemble;
 mod export;
 mod network;
@@ -13,6 +14,7 @@ mod perturb;
 mod sgd;
 
 pub use blocks::{Layout, Precision, Statistics, UpMode};
+pub use copy::StateCopy;
 pub use ensemble::{Cast, Ensemble, main_state};
 pub use export::torchscript;
 pub use network::{Heads, Network, NetworkConfig, Outputs, Pyramid};

@@ -136,6 +136,11 @@ impl Params {
         self.with_role(Role::Buffer)
     }
 
+    /// Parameters and buffers in order.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.entries.iter().map(|e| (e.name.as_str(), &e.tensor))
+    }
+
     fn with_role(&self, role: Role) -> impl Iterator<Item = (&str, &Tensor)> {
         self.entries.iter().filter(move |e| e.role == role).map(|e| (e.name.as_str(), &e.tensor))
     }

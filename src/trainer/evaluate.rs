@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::methods::network;
 use super::validate::{BATCH, score_volumes};
-use super::{TrainerError, persist};
+use super::{TrainerError, snapshot};
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::{Dataset, Split};
@@ -155,6 +155,6 @@ pub(super) fn trained(
     let net = network(config, dataset.manifest());
     let net = Network::new(net, tch::Device::Cpu, config.train.seed)?;
     // What else a method trains (a second network, a teacher) is not evaluated.
-    net.params().load_host(&main_state(persist::unnamed(&checkpoint.model)?))?;
+    net.params().load_host(&main_state(snapshot::unnamed(&checkpoint.model)?))?;
     Ok(net)
 }

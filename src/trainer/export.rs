@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::evaluate::{Pick, open_dataset, open_run, trained};
-use super::{TrainerError, files, persist};
+use super::{TrainerError, files, snapshot};
 use crate::checkpoint::{Checkpoint, encode_tensors};
 use crate::config::RunConfig;
 use crate::data::Dataset;
@@ -53,7 +53,7 @@ pub fn export(options: &ExportOptions) -> Result<(Step, PathBuf), TrainerError> 
     let net = trained(&config, &checkpoint, &dataset)?;
     let bytes = match options.format {
         ExportFormat::Safetensors => {
-            encode_tensors(&persist::named(net.params().to_host()?)?)?.to_vec()
+            encode_tensors(&snapshot::named(net.params().to_host()?)?)?.to_vec()
         }
         ExportFormat::TorchScript => torchscript(&net)?,
     };

@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::TrainerError;
 use super::methods::check_share;
 use super::orders::Orders;
-use super::persist;
 use super::ranks::Ranks;
 use super::setup::{self, Trainer};
+use super::{persist, snapshot};
 use crate::bridge::ops::SumOverRanks;
 use crate::checkpoint::{decode_tensors, encode_tensors, load_latest};
 use crate::collective::{ProcessGroup, Rendezvous};
@@ -182,16 +182,16 @@ impl Trainer {
     fn transfer(&mut self, from: Rank, i_lack: bool) -> Result<(), TrainerError> {
         let (mut model, mut momentum) = (None, None);
         if self.rank == from {
-            model = Some(encode_tensors(&persist::named(self.nets.to_host()?)?)?.to_vec());
+            model = Some(encode_tensors(&snapshot::named(self.nets.to_host()?)?)?.to_vec());
             let host = self.nets.momentum_to_host()?;
-            momentum = Some(encode_tensors(&persist::named(host)?)?.to_vec());
+            momentum = Some(encode_tensors(&snapshot::named(host)?)?.to_vec());
         }
         let model = self.ranks.bytes_from(from, model)?;
         let momentum = self.ranks.bytes_from(from, momentum)?;
         if i_lack {
             (self.live, self.pristine) = (false, false);
-            let model = persist::unnamed(&decode_tensors(&Bytes::from(model))?)?;
-            let momentum = persist::unnamed(&decode_tensors(&Bytes::from(momentum))?)?;
+            let model = snapshot::unnamed(&decode_tensors(&Bytes::from(model))?)?;
+            let momentum = snapshot::unnamed(&decode_tensors(&Bytes::from(momentum))?)?;
             self.nets.load_host(model, momentum)?;
         }
         Ok(())
@@ -206,7 +206,7 @@ impl Trainer {
             pristine: self.pristine,
             validated,
             receipts: self.receipts.carried(),
-            history: String::from_utf8_lossy(&persist::history_lines(&self.history)?).into_owned(),
+            history: String::from_utf8_lossy(&snapshot::history_lines(&self.history)?).into_owned(),
         })
     }
 

@@ -15,6 +15,7 @@ mod persist;
 mod predict;
 mod ranks;
 mod setup;
+mod snapshot;
 mod validate;
 
 pub use error::TrainerError;
@@ -22,6 +23,7 @@ pub use evaluate::{EvaluateOptions, Evaluated, Pick, evaluate};
 pub use export::{ExportFormat, ExportOptions, export};
 pub use orders::emit;
 pub use predict::{PredictOptions, Predicted, predict};
+pub(crate) use snapshot::{Circumstances, Copies, hand_over};
 
 use std::collections::BTreeMap;
 use std::time::Instant;

@@ -1,28 +1,23 @@
 //! What outlives a trainer: checkpoints, and the report at the end.
 
-use std::collections::BTreeMap;
-
-use safetensors::Dtype;
-use serde_json::json;
-
 use super::TrainerError;
 use super::orders::Orders;
 use super::setup::{self, Trainer};
+use super::snapshot::{Circumstances, hand_over, unnamed};
 use super::validate;
-use crate::checkpoint::{self, Checkpoint, NamedTensors, Position, Snapshot, TrainState};
-use crate::eval::report::{self, Record, ReportInputs, RunHistory};
-use crate::ledger::{self, Carried, Receipts};
-use crate::model::{Ensemble, HostTensor, ModelError, main_state};
+use crate::checkpoint::{self, Checkpoint, Position};
+use crate::eval::report::{self, ReportInputs, RunHistory};
+use crate::ledger::{Carried, Receipts};
+use crate::model::{Ensemble, HostTensor, main_state};
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::{Rank, Step};
 
-/// Hands a copy of the state to the writer; the upload runs beside training. Rank 0 only: every
-/// rank has the same weights, and rank 0's running statistics are the run's.
+/// A checkpoint of this step. Rank 0 only: every rank has the same weights, and rank 0's running statistics are the
+/// run's.
 pub fn checkpoint(t: &mut Trainer) -> Result<(), TrainerError> {
     let Some(writer) = t.writer.as_ref().filter(|_| t.rank.0 == 0) else { return Ok(()) };
-    let lines = history_lines(&t.history)?;
     let batch = &t.config.batch;
-    writer.submit(Snapshot {
+    let of = Circumstances {
         step: t.step,
         world_size: t.world,
         threads: t.assignment.threads,
@@ -30,14 +25,10 @@ pub fn checkpoint(t: &mut Trainer) -> Result<(), TrainerError> {
             labelled: t.step.0 * u64::from(batch.labelled),
             unlabelled: t.step.0 * u64::from(t.config.unlabelled_batch()),
         },
-        model: named(t.nets.to_host()?)?,
-        optimizer: named(t.nets.momentum_to_host()?)?,
-        state: TrainState(json!({
-            "history": String::from_utf8_lossy(&lines),
-            ledger::STATE_KEY: t.receipts.carried(),
-        })),
-        best: t.history.best().map(|best| Step(best.step)),
-    })?;
+        history: t.history.clone(),
+        carried: t.receipts.carried(),
+    };
+    hand_over(writer, &t.nets, &t.copies, of)?;
     t.submitted = Some(t.step);
     Ok(())
 }
@@ -53,19 +44,6 @@ pub fn checkpoint_alone(t: &mut Trainer) -> Result<(), TrainerError> {
     t.rank = Rank(0);
     checkpoint(t)?;
     t.flush()
-}
-
-/// A history as it is kept in checkpoints.
-pub(super) fn history_lines(history: &RunHistory) -> Result<Vec<u8>, TrainerError> {
-    let mut lines = Vec::new();
-    let records = (history.steps.iter().cloned().map(Record::Step))
-        .chain(history.validations.iter().cloned().map(Record::Validation))
-        .chain(history.events.iter().cloned().map(Record::Event));
-    for record in records {
-        let line = record.to_line().map_err(|e| TrainerError::Report(e.to_string()))?;
-        lines.extend_from_slice(&line);
-    }
-    Ok(lines)
 }
 
 /// Puts a checkpoint's state in force; the result are the receipts that it carries.
@@ -140,38 +118,4 @@ pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError
         }
         Ok::<_, TrainerError>(())
     })
-}
-
-const DTYPES: [(&str, Dtype); 3] = [("F32", Dtype::F32), ("F64", Dtype::F64), ("I64", Dtype::I64)];
-
-pub(super) fn named(tensors: Vec<HostTensor>) -> Result<NamedTensors, TrainerError> {
-    let dtypes = BTreeMap::from(DTYPES);
-    tensors
-        .into_iter()
-        .map(|t| {
-            let dtype = *dtypes
-                .get(t.dtype.as_str())
-                .ok_or_else(|| ModelError::Input(format!("{}: dtype {}", t.name, t.dtype)))?;
-            let host = checkpoint::HostTensor { dtype, shape: t.shape, bytes: t.bytes.into() };
-            Ok((t.name, host))
-        })
-        .collect()
-}
-
-pub(super) fn unnamed(tensors: &NamedTensors) -> Result<Vec<HostTensor>, TrainerError> {
-    tensors
-        .iter()
-        .map(|(name, t)| {
-            let (dtype, _) = DTYPES
-                .iter()
-                .find(|(_, dtype)| *dtype == t.dtype)
-                .ok_or_else(|| ModelError::Input(format!("{name}: dtype {:?}", t.dtype)))?;
-            Ok(HostTensor {
-                name: name.clone(),
-                dtype: (*dtype).to_owned(),
-                shape: t.shape.clone(),
-                bytes: t.bytes.to_vec(),
-            })
-        })
-        .collect()
 }

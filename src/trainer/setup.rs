@@ -7,6 +7,7 @@ use tokio::runtime::Runtime;
 
 use super::methods;
 use super::ranks::Ranks;
+use super::snapshot::Copies;
 use super::{TrainerError, device};
 use crate::bridge::ops::SumOverRanks;
 use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions};
@@ -54,6 +55,7 @@ pub struct Trainer {
     /// The newest checkpoint that this process has handed to its writer.
     pub(super) submitted: Option<Step>,
     pub(super) writer: Option<Writer>,
+    pub(super) copies: Copies,
 
     pub(super) rank: Rank,
     pub(super) world: WorldSize,
@@ -109,6 +111,7 @@ impl Trainer {
             history: RunHistory::default(),
             submitted: None,
             writer: None,
+            copies: Copies::default(),
             rank: Rank(0),
             world: WorldSize(1),
             validation_due: false,
@@ -240,7 +243,12 @@ pub(super) fn start_writer(t: &Trainer) -> Result<Writer, TrainerError> {
         config_sha256: t.config.identity(),
         dataset_sha256: t.dataset.digest().sha256.clone(),
     };
-    let retention = Some(Retention { keep_last: t.config.checkpoint.keep_last as usize });
+    let kept = &t.config.checkpoint;
+    let retention = Some(Retention {
+        keep_last: kept.keep_last as usize,
+        keep_every: kept.keep_every,
+        keep_best: kept.keep_best as usize,
+    });
     let options = WriterOptions { identity, retention };
     Ok(Writer::start(t.runtime.handle().clone(), t.run.clone(), options)?)
 }

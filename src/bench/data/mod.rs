@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use child::{Task, perform};
 
+use super::median;
 use crate::data::DataError;
 use crate::store::{S3Server, S3ServerError, S3ServerOptions, StoreError, serve};
 use cores::Cores;
@@ -356,16 +357,6 @@ fn contender(who: String, rounds: Vec<Reading>) -> Contender {
     }
 }
 
-/// The middle value; the mean of the two in the middle of an even number.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[n / 2],
-        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
-    }
-}
-
 /// What the worker with the largest share fetches in one epoch.
 fn traffic(site: &Site, url: &str, pool: &pools::Pool) -> Result<Vec<Traffic>, DataBenchError> {
     let mut all = Vec::new();
@@ -421,16 +412,4 @@ fn ratios(
         ratios.push(over("faults over none", faulty, clean));
     }
     ratios
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_is_the_middle() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert!(median(Vec::new()).is_nan());
-    }
 }

@@ -162,7 +162,16 @@ impl RunHistory {
     /// The validation with the highest mean Dice, the first of equals.
     #[must_use]
     pub fn best(&self) -> Option<&ValidationRecord> {
-        self.validations.iter().rev().max_by(|a, b| a.mean_dice.total_cmp(&b.mean_dice))
+        self.ranked().first().copied()
+    }
+
+    /// The validations by mean Dice, the highest first, of equals the first. One without a number comes last.
+    #[must_use]
+    pub fn ranked(&self) -> Vec<&ValidationRecord> {
+        let value = |v: &ValidationRecord| if v.mean_dice.is_nan() { -1.0 } else { v.mean_dice };
+        let mut all: Vec<_> = self.validations.iter().collect();
+        all.sort_by(|a, b| value(b).total_cmp(&value(a)));
+        all
     }
 
     fn forget_steps_from(&mut self, step: u64) {
@@ -218,10 +227,12 @@ mod tests {
     #[test]
     fn the_first_of_equally_good_validations_is_best() {
         let mut history = RunHistory::default();
-        for (step, mean_dice) in [(1, 0.5), (2, 0.8), (3, 0.8)] {
+        for (step, mean_dice) in [(1, 0.5), (2, 0.8), (3, 0.8), (4, f64::NAN)] {
             let class_dice = BTreeMap::new();
             history.push(Record::Validation(ValidationRecord { step, mean_dice, class_dice }));
         }
         assert_eq!(history.best().unwrap().step, 2);
+        let ranked: Vec<_> = history.ranked().iter().map(|v| v.step).collect();
+        assert_eq!(ranked, [2, 3, 1, 4]);
     }
 }

@@ -1,9 +1,10 @@
 //! Thousands of seeded lives of a run: agents and trainers that do what real ones do, beside the state machine, in
-//! virtual time. They die, freeze, lose their connection and come back; the coordinator dies too, and another
-//! one takes over. A failing seed is printed and can be replayed: `CPCR_SEED=N cargo test simulation`, or
+//! virtual time. They die, freeze, lose their connection and come back; what they and the coordinator say to each other
+//! takes its time, crosses, and is lost with a connection; the coordinator dies too, and another one takes over, perhaps
+//! when it is believed dead only by some. A failing seed is printed and can be replayed: `CPCR_SEED=N cargo test simulation`, or
 //! `CPCR_SEEDS=100000` for a long night.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use rand_chacha::ChaCha8Rng;
@@ -31,6 +32,8 @@ struct Trainer {
     place: Option<(Group, Rank, WorldSize)>,
     /// What it has joined: the group that it believes in.
     joined: Option<Group>,
+    /// Whether it has left, or given up, the group of its place: it waits for another.
+    left: bool,
     /// Its state, if it has one.
     done: Option<Step>,
     frozen: bool,
@@ -41,6 +44,9 @@ struct Trainer {
 struct Node {
     alive: bool,
     connected: bool,
+    /// On the way to it, and from it: in order, and lost with the connection.
+    orders: VecDeque<Effect>,
+    reports: VecDeque<Event>,
     /// Since when it is not.
     away: Duration,
     /// Whether it was away for so long that the others may have gone on without it.
@@ -61,10 +67,9 @@ struct World {
     nodes: BTreeMap<u32, Node>,
     /// The newest checkpoint.
     saved: Step,
-    /// The steps that count, by the generation that took them: what a ledger would say.
-    committed: BTreeMap<u64, Generation>,
-    /// The newest group that has stepped: one before it, cut off from the coordinator, counts for itself only.
-    newest: Group,
+    /// The most steps that any state has behind it.
+    furthest: Step,
+    defect: Defect,
     /// The newest generation that this coordinator has given a verdict on.
     judged: Generation,
     troubled: bool,
@@ -73,8 +78,26 @@ struct World {
     ended: Option<i32>,
 }
 
+/// What is wrong with the coordinator, for the simulation to find.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Defect {
+    None,
+    /// It takes members for new that have brought a trainer along.
+    ForgetsWhoComesBack,
+    /// It does not hear that a trainer's process has ended.
+    MissesExits,
+    /// It does not notice closed connections, nor silence.
+    MissesLosses,
+    /// It has a trainer join the generation that it was in.
+    RepeatsGenerations,
+    /// It tells nobody to leave a generation, and lets those who hang live.
+    KillsNobody,
+    /// It gives every verdict twice.
+    JudgesTwice,
+}
+
 impl World {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, defect: Defect) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let max = 1 + rng.next_u32() % 4;
         let min = 1 + rng.next_u32() % max;
@@ -92,8 +115,8 @@ impl World {
             now: Duration::ZERO,
             nodes,
             saved: Step(0),
-            committed: BTreeMap::new(),
-            newest: (0, Generation(0)),
+            furthest: Step(0),
+            defect,
             judged: Generation(0),
             troubled: true,
             told: false,
@@ -105,7 +128,9 @@ impl World {
         self.rng.next_u32().is_multiple_of(one_in)
     }
 
+    /// The coordinator hears of something.
     fn tell(&mut self, event: Event) {
+        let Some(event) = self.defect.hears(event) else { return };
         if self.told {
             println!("{:?}: {event:?}", self.now);
         }
@@ -113,60 +138,35 @@ impl World {
             if self.told {
                 println!("{:?}:   {effect:?}", self.now);
             }
-            self.carry_out(effect);
+            for effect in self.defect.says(effect) {
+                self.carry_out(effect);
+            }
+        }
+        // The service closes the stream of whoever was given up.
+        for (id, node) in &mut self.nodes {
+            if node.connected && !self.state.has_or_rejects(NodeId(*id)) {
+                node.disconnect(self.now);
+                node.late = true;
+            }
         }
     }
 
     fn carry_out(&mut self, effect: Effect) {
         let seed = self.seed;
-        match effect {
-            Effect::Start { node, generation, rank, world, .. } => {
-                assert!(rank.0 < world.0 && world.0 >= self.limits.min, "seed {seed}");
-                let group = (self.coordinators, generation);
-                let Some(trainer) = self.reach(node) else { return };
-                let trainer = trainer.get_or_insert(Trainer::fresh());
-                let before = trainer.place.map(|place| place.0.1);
-                assert!(before.is_none_or(|g| g < generation), "seed {seed}: {generation}");
-                trainer.place = Some((group, rank, world));
-            }
-            Effect::Prepare { node, .. } => {
-                if let Some(trainer) = self.reach(node) {
-                    trainer.get_or_insert(Trainer::fresh());
-                }
-            }
-            Effect::Leave { node, generation } => {
-                if let Some(Some(trainer)) = self.reach(node)
-                    && !trainer.frozen
-                    && trainer.joined.is_some_and(|group| group.1 == generation)
-                {
-                    trainer.joined = None;
-                }
-            }
-            Effect::End { node, generation, .. } => {
+        match &effect {
+            Effect::Start { node, .. }
+            | Effect::Prepare { node, .. }
+            | Effect::Leave { node, .. }
+            | Effect::End { node, .. }
+            | Effect::CheckpointAndStop { node, .. } => {
+                let Some(there) = self.nodes.get_mut(&node.0) else { return };
                 // Whoever hangs is given up, whether the order gets there or not.
-                if let Some(node) = self.nodes.get_mut(&node.0) {
-                    node.late = true;
-                }
-                if let Some(trainer) = self.reach(node)
-                    && trainer
-                        .as_ref()
-                        .is_some_and(|t| t.place.is_some_and(|p| p.0.1 == generation))
-                {
-                    *trainer = None;
-                    self.exited(node.0, generation, 137);
+                there.late |= matches!(effect, Effect::End { .. });
+                if there.alive && there.connected {
+                    there.orders.push_back(effect);
                 }
             }
-            Effect::CheckpointAndStop { node, .. } => {
-                if let Some(Some(trainer)) = self.reach(node)
-                    && !trainer.frozen
-                {
-                    let (done, place) = (trainer.done, trainer.place);
-                    self.saved = self.saved.max(done.unwrap_or_default());
-                    self.kill(node.0);
-                    self.exited(node.0, place.map_or(Generation(0), |p| p.0.1), 75);
-                }
-            }
-            Effect::Finish { status, .. } => self.ended = Some(status),
+            Effect::Finish { status, .. } => self.ended = Some(*status),
             Effect::Verdict(verdict) => {
                 assert!(verdict.generation > self.judged, "seed {seed}: {verdict:?}");
                 self.judged = verdict.generation;
@@ -177,21 +177,77 @@ impl World {
         }
     }
 
-    /// The trainer's place at a node that orders get to.
-    fn reach(&mut self, node: NodeId) -> Option<&mut Option<Trainer>> {
-        let node = self.nodes.get_mut(&node.0)?;
-        (node.alive && node.connected).then_some(&mut node.trainer)
-    }
-
-    fn exited(&mut self, node: u32, generation: Generation, status: i32) {
-        if self.nodes[&node].connected {
-            self.tell(super::state_tests::exited(node, generation.0, status));
+    /// An order has got to its agent.
+    fn obey(&mut self, id: u32, order: Effect) {
+        let (seed, coordinators, least) = (self.seed, self.coordinators, self.limits.min);
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        match order {
+            Effect::Start { generation, rank, world, .. } => {
+                assert!(rank.0 < world.0 && world.0 >= least, "seed {seed}");
+                let trainer = node.trainer.get_or_insert(Trainer::fresh());
+                let before = trainer.place.map(|place| place.0.1);
+                assert!(before.is_none_or(|g| g < generation), "seed {seed}: {generation}");
+                trainer.place = Some(((coordinators, generation), rank, world));
+                trainer.left = false;
+            }
+            Effect::Prepare { .. } => {
+                node.trainer.get_or_insert(Trainer::fresh());
+            }
+            Effect::Leave { generation, .. } => {
+                if let Some(trainer) = &mut node.trainer
+                    && !trainer.frozen
+                    && !trainer.left
+                    && trainer.place.is_some_and(|place| place.0.1 == generation)
+                {
+                    self.strand(id, generation);
+                }
+            }
+            Effect::End { generation, .. } => {
+                if node.trainer.is_some_and(|t| t.place.is_some_and(|p| p.0.1 == generation)) {
+                    self.exit(id, 137);
+                }
+            }
+            Effect::CheckpointAndStop { .. } => {
+                if let Some(trainer) = node.trainer
+                    && !trainer.frozen
+                {
+                    self.saved = self.saved.max(trainer.done.unwrap_or_default());
+                    self.exit(id, 75);
+                }
+            }
+            _ => {}
         }
     }
 
-    fn kill(&mut self, node: u32) {
-        if let Some(node) = self.nodes.get_mut(&node) {
-            node.trainer = None;
+    /// A trainer's process ends; its agent says so.
+    fn exit(&mut self, id: u32, status: i32) {
+        let Some(trainer) = self.nodes.get_mut(&id).and_then(|node| node.trainer.take()) else {
+            return;
+        };
+        let generation = trainer.place.map_or(Generation(0), |place| place.0.1);
+        self.say(id, super::state_tests::exited(id, generation.0, status));
+    }
+
+    fn say(&mut self, id: u32, event: Event) {
+        if let Some(node) = self.nodes.get_mut(&id).filter(|node| node.connected) {
+            node.reports.push_back(event);
+        }
+    }
+
+    /// What is on the way arrives, sooner or later, in order.
+    fn deliver(&mut self) {
+        for id in self.nodes.keys().copied().collect::<Vec<_>>() {
+            if !self.troubled || self.chance(2) {
+                while let Some(order) = self.nodes.get_mut(&id).and_then(|n| n.orders.pop_front()) {
+                    self.obey(id, order);
+                }
+            }
+            if !self.troubled || self.chance(2) {
+                while let Some(event) = self.nodes.get_mut(&id).and_then(|n| n.reports.pop_front())
+                {
+                    self.tell(event);
+                }
+            }
         }
     }
 
@@ -203,11 +259,7 @@ impl World {
         let left = Event::Left { node: NodeId(node), incarnation };
         match self.rng.next_u32() % 40 {
             // SIGKILL of a trainer.
-            0 => {
-                if let Some(trainer) = there.trainer.take() {
-                    self.exited(node, trainer.place.map_or(Generation(0), |p| p.0.1), 137);
-                }
-            }
+            0 => self.exit(node, 137),
             // Of an agent, whose trainer goes with it.
             1 if there.alive => {
                 *there = Node { life: there.life, ..Node::default() };
@@ -215,7 +267,7 @@ impl World {
             }
             // A connection breaks; nobody else notices.
             2 if there.connected => {
-                (there.connected, there.away) = (false, self.now);
+                there.disconnect(self.now);
                 if self.chance(2) {
                     // Whom the others miss already is given up at once.
                     if let Some(node) = self.nodes.get_mut(&node) {
@@ -237,7 +289,7 @@ impl World {
                 self.coordinators += 1;
                 self.judged = Generation(0);
                 for node in self.nodes.values_mut().filter(|node| node.connected) {
-                    (node.connected, node.away) = (false, self.now);
+                    node.disconnect(self.now);
                 }
             }
             _ => {}
@@ -257,13 +309,13 @@ impl World {
                 *node = Node { alive: true, life: node.life + 1, ..Node::default() };
             }
             if node.connected {
-                self.tell(Event::Heard { node: NodeId(number) });
+                self.say(number, Event::Heard { node: NodeId(number) });
             } else {
                 node.connected = true;
                 node.late |= self.now.saturating_sub(node.away) >= self.limits.grace;
                 let running = node.trainer.and_then(|trainer| {
                     let ((_, generation), rank, world) = trainer.place?;
-                    let stranded = trainer.joined.is_none();
+                    let stranded = trainer.left;
                     let done = trainer.done;
                     Some(Running { generation, rank, world, stranded, done })
                 });
@@ -278,8 +330,7 @@ impl World {
                 && trainer.frozen
                 && (calm || self.chance(8))
             {
-                self.kill(number);
-                self.exited(number, trainer.place.map_or(Generation(0), |p| p.0.1), 137);
+                self.exit(number, 137);
             }
         }
     }
@@ -296,9 +347,10 @@ impl World {
                 continue;
             };
             let members = self.of(group);
-            let lives = |id: &u32| self.nodes[id].trainer.is_some_and(|trainer| !trainer.frozen);
+            let lives = |id: &u32| self.nodes[id].trainer.is_some_and(|t| !t.frozen && !t.left);
             let whole = members.len() == world.0 as usize && members.iter().all(lives);
             match (trainer.joined == Some(group), whole) {
+                _ if trainer.left => {}
                 (true, true) => {}
                 (false, true) => self.form(group),
                 // A peer is dead, frozen or elsewhere: sooner or later it shows.
@@ -309,7 +361,10 @@ impl World {
                 }
             }
         }
-        self.step_whole_generations();
+        let joined = self.nodes.values().filter_map(|node| node.trainer?.joined);
+        for group in joined.collect::<BTreeSet<_>>() {
+            self.step(group);
+        }
     }
 
     /// A generation's group forms: everyone has the most advanced state from now on.
@@ -330,8 +385,6 @@ impl World {
             self.seed,
             self.nodes
         );
-        // Steps that only the dead have taken are taken again, from a checkpoint on or from the returned one's state.
-        self.committed = (0..done.0).map(|step| (step, group.1)).collect();
         for id in members {
             let Some(node) = self.nodes.get_mut(&id) else { continue };
             node.late = false;
@@ -353,77 +406,49 @@ impl World {
         let Some(trainer) = self.nodes.get_mut(&id).and_then(|node| node.trainer.as_mut()) else {
             return;
         };
-        trainer.joined = None;
+        (trainer.joined, trainer.left) = (None, true);
         let (node, done) = (NodeId(id), trainer.done);
         let evidence = "a peer was lost".to_owned();
         self.say(id, Event::TrainerStranded { node, generation, done, evidence });
     }
 
-    fn say(&mut self, id: u32, event: Event) {
-        if self.nodes[&id].connected {
-            self.tell(event);
-        }
-    }
-
-    fn step_whole_generations(&mut self) {
-        let groups: Vec<Group> =
-            self.nodes.values().filter_map(|node| node.trainer?.joined).collect();
-        let Some(group) = groups.into_iter().max() else { return };
-        let generation = group.1;
+    /// One step of a group, if it is whole.
+    fn step(&mut self, group: Group) {
         let members = self.of(group);
-        let trainer = |world: &Self, id: &u32| world.nodes[id].trainer;
-        let Some(Trainer { place: Some((.., world)), done: Some(done), .. }) =
-            members.first().and_then(|id| trainer(self, id))
+        let trainers: Vec<Trainer> =
+            members.iter().filter_map(|id| self.nodes[id].trainer).collect();
+        let Some(Trainer { place: Some((.., world)), done: Some(done), .. }) = trainers.first()
         else {
             return;
         };
-        let whole = members.len() == world.0 as usize
-            && members
-                .iter()
-                .all(|id| trainer(self, id).is_some_and(|t| t.joined == Some(group) && !t.frozen));
-        if !whole {
+        let (world, done) = (world.0 as usize, done.next());
+        if trainers.len() != world || trainers.iter().any(|t| t.joined != Some(group) || t.frozen) {
             return;
+        }
+        let same = trainers.iter().all(|t| t.done.map(Step::next) == Some(done));
+        assert!(same, "seed {}: {group:?} has not one state: {trainers:?}", self.seed);
+        // The checkpoint may have been a complete run's.
+        if done.0 <= STEPS {
+            self.furthest = self.furthest.max(done);
+            if done.0 % 10 == 0 {
+                self.saved = self.saved.max(done);
+            }
+            for id in &members {
+                if let Some(t) = self.nodes.get_mut(id).and_then(|node| node.trainer.as_mut()) {
+                    t.done = Some(done);
+                }
+                let progress = Progress::Step { done, last: false };
+                let (node, generation) = (NodeId(*id), group.1);
+                self.say(*id, Event::Progressed { node, generation, progress });
+            }
         }
         if done.0 >= STEPS {
-            // The checkpoint was a complete run's.
-            for id in members {
-                self.kill(id);
-                self.exited(id, generation, 0);
-            }
-            return;
-        }
-        if group >= self.newest {
-            self.newest = group;
-            let twice = self.committed.insert(done.0, generation);
-            assert_eq!(twice, None, "seed {}: step {done} counts twice", self.seed);
-        }
-        for id in &members {
-            // One that dies right here has contributed, and has not applied.
-            if let Some(t) = self.nodes.get_mut(id).and_then(|node| node.trainer.as_mut()) {
-                t.done = Some(done.next());
-            }
-        }
-        if done.next().0 % 10 == 0 {
-            self.saved = done.next();
-        }
-        for id in members {
-            self.say(
-                id,
-                Event::Progressed {
-                    node: NodeId(id),
-                    generation,
-                    progress: Progress::Step { done: done.next(), last: false },
-                },
-            );
-            if done.next().0 == STEPS {
-                self.kill(id);
-                self.exited(id, generation, 0);
-            }
+            members.into_iter().for_each(|id| self.exit(id, 0));
         }
     }
 
     /// Lives until the run's end.
-    fn run(mut self) -> (i32, usize) {
+    fn run(mut self) -> (i32, Step) {
         for turn in 0..TURNS[1] {
             self.troubled = turn < TURNS[0];
             self.now += TURN;
@@ -432,6 +457,7 @@ impl World {
             }
             self.agents();
             self.trainers();
+            self.deliver();
             self.tell(Event::Tick);
             if let Phase::Training { ranks, .. } = self.state.phase() {
                 assert!(ranks.len() <= self.limits.max as usize, "seed {}", self.seed);
@@ -441,16 +467,60 @@ impl World {
                 let wall = (self.now - self.epoch).as_secs_f64();
                 let parts: f64 = goodput.parts_s.values().sum();
                 assert!((parts - wall).abs() < 1e-6, "seed {}: {goodput:?} of {wall} s", self.seed);
-                return (status, self.committed.len());
+                return (status, self.furthest);
             }
         }
         panic!("seed {}: it does not end: {:?}", self.seed, self.state);
     }
 }
 
+impl Node {
+    fn disconnect(&mut self, now: Duration) {
+        (self.connected, self.away) = (false, now);
+        self.orders.clear();
+        self.reports.clear();
+    }
+}
+
+impl Defect {
+    fn hears(self, event: Event) -> Option<Event> {
+        let missed = match (self, &event) {
+            (Self::MissesExits, Event::TrainerExited { .. })
+            | (Self::MissesLosses, Event::Left { .. } | Event::Tick) => true,
+            _ => false,
+        };
+        match event {
+            _ if missed => None,
+            Event::Joined { node, incarnation, kv_address, gpus, .. }
+                if self == Self::ForgetsWhoComesBack =>
+            {
+                Some(Event::Joined { node, incarnation, kv_address, gpus, running: None })
+            }
+            event => Some(event),
+        }
+    }
+
+    fn says(self, effect: Effect) -> Vec<Effect> {
+        match (self, effect) {
+            (Self::KillsNobody, Effect::Leave { .. } | Effect::End { .. }) => Vec::new(),
+            (Self::JudgesTwice, Effect::Verdict(verdict)) => {
+                vec![Effect::Verdict(verdict.clone()), Effect::Verdict(verdict)]
+            }
+            (
+                Self::RepeatsGenerations,
+                Effect::Start { node, generation, rank, world, kv_address, backend },
+            ) => {
+                let generation = Generation(generation.0.div_ceil(2));
+                vec![Effect::Start { node, generation, rank, world, kv_address, backend }]
+            }
+            (_, effect) => vec![effect],
+        }
+    }
+}
+
 impl Trainer {
     fn fresh() -> Self {
-        Self { place: None, joined: None, done: None, frozen: false }
+        Self { place: None, joined: None, left: false, done: None, frozen: false }
     }
 }
 
@@ -466,12 +536,12 @@ fn thousands_of_lives_lose_nothing_and_end() {
     };
     let (mut complete, mut interrupted) = (0, 0);
     for seed in seeds {
-        let mut world = World::new(seed);
+        let mut world = World::new(seed, Defect::None);
         world.told = replayed.is_some();
         let (status, steps) = world.run();
         match status {
             0 => {
-                assert_eq!(steps as u64, STEPS, "seed {seed}");
+                assert_eq!(steps, Step(STEPS), "seed {seed}");
                 complete += 1;
             }
             75 => interrupted += 1,
@@ -479,4 +549,23 @@ fn thousands_of_lives_lose_nothing_and_end() {
         }
     }
     assert!(complete > 10 * interrupted, "{complete} complete, {interrupted} interrupted");
+}
+
+/// Each of these is found, mostly within a few lives.
+#[test]
+fn a_coordinator_with_a_defect_is_found_out() {
+    let defects = [
+        Defect::ForgetsWhoComesBack,
+        Defect::MissesExits,
+        Defect::MissesLosses,
+        Defect::RepeatsGenerations,
+        Defect::KillsNobody,
+        Defect::JudgesTwice,
+    ];
+    for defect in defects {
+        let fails = |seed| std::panic::catch_unwind(|| World::new(seed, defect).run()).is_err();
+        let found = (0..300).find(|seed| fails(*seed));
+        assert!(found.is_some(), "{defect:?}");
+        println!("{defect:?}: seed {}", found.unwrap_or_default());
+    }
 }

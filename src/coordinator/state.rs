@@ -92,6 +92,8 @@ pub struct State {
     broken: Option<(Now, String)>,
     /// Of this generation: those that had a state when it began, and so should have joined quickly.
     veterans: BTreeSet<NodeId>,
+    /// When somebody was lost last who had a state, and may live.
+    strayed: Option<Now>,
     /// What those of this generation saw who have lost their group.
     strandings: BTreeMap<NodeId, String>,
     /// What ended the generation before, until there is a step again.
@@ -119,6 +121,7 @@ impl State {
             longest_silence: None,
             broken: None,
             veterans: BTreeSet::new(),
+            strayed: None,
             strandings: BTreeMap::new(),
             interruption: None,
             account: Account::default(),
@@ -275,7 +278,8 @@ impl State {
             return;
         }
         let waited = now.saturating_sub(since);
-        let recovering = recovering.is_some_and(|from| now >= from);
+        let recovering =
+            recovering.is_some_and(|from| now >= from) && !self.awaits_who_strayed(now);
         let chosen = choose(&self.members, &self.limits, recovering, waited);
         let Some(nodes) = chosen else { return };
         let Some(backend) = self.choose_backend(&nodes, effects) else { return };
@@ -308,6 +312,12 @@ impl State {
         self.longest_silence = None;
         self.broken = None;
         self.phase = Phase::Training { ranks, left: BTreeMap::new(), stopping: None };
+    }
+
+    /// Whether a member that was lost a moment ago may have the only state there is: it may come back.
+    fn awaits_who_strayed(&self, now: Now) -> bool {
+        let lately = |at: Now| now.saturating_sub(at) < self.limits.grace;
+        self.strayed.is_some_and(lately) && !self.members.values().any(|m| m.trainer.has_state())
     }
 
     /// Has those who are here without a place start a trainer that waits for one.

@@ -37,7 +37,10 @@ impl State {
         kind: CauseKind,
         effects: &mut Vec<Effect>,
     ) {
-        self.members.remove(&node);
+        let member = self.members.remove(&node);
+        if member.is_some_and(|m| m.trainer.has_state()) && kind != CauseKind::AgentReplaced {
+            self.strayed = Some(now);
+        }
         if let (Phase::Gathering { .. }, Some(interruption)) = (&self.phase, &mut self.interruption)
         {
             interruption.lost_too(Cause::of_node(kind, node, None));
@@ -48,13 +51,6 @@ impl State {
             {
                 let cause = Cause::of_node(kind, node, ranks.get(&node).copied());
                 self.lose_generation(now, cause, effects);
-                // What it has may be all there is, and it may live: it gets a moment to come back.
-                let has_state = self.members.values().any(|member| member.trainer.has_state());
-                if let Phase::Gathering { recovering: Some(from), .. } = &mut self.phase
-                    && !has_state
-                {
-                    *from = now + self.limits.grace;
-                }
             }
             Phase::Adopting { ranks, .. } => drop(ranks.remove(&node)),
             _ => {}

@@ -1,5 +1,6 @@
 //! Who is there, and who of them trains next: pure.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -38,15 +39,6 @@ impl Trainer {
     pub(super) fn has_state(self) -> bool {
         matches!(self, Self::Waiting { done: Some(_) } | Self::In(_))
     }
-
-    /// Those with a state first, then those that need not be started.
-    fn preference(self) -> u8 {
-        match self {
-            trainer if trainer.has_state() => 0,
-            trainer if trainer.is_usable() => 1,
-            _ => 2,
-        }
-    }
 }
 
 /// One agent, as the coordinator knows it.
@@ -57,10 +49,25 @@ pub(super) struct Member {
     pub(super) gpus: u32,
     pub(super) last_seen: Now,
     pub(super) trainer: Trainer,
+    /// Steps that its trainer's state had behind it when it was heard of last.
+    pub(super) done: Option<Step>,
     /// How often its trainer could not be prepared.
     pub(super) failures: u32,
     /// Since when its connection has been closed: a moment later it may have another.
     pub(super) away: Option<Now>,
+}
+
+impl Member {
+    /// Whom to have rather: those with a state first, the most advanced one before others, then those that need not be
+    /// started. Whoever is in the `newest` generation is as far as anybody.
+    fn preference(&self, newest: Generation) -> (u8, Reverse<Option<Step>>) {
+        match self.trainer {
+            Trainer::In(generation) if generation == newest => (0, Reverse(Some(Step(u64::MAX)))),
+            trainer if trainer.has_state() => (0, Reverse(self.done)),
+            trainer if trainer.is_usable() => (1, Reverse(None)),
+            _ => (2, Reverse(None)),
+        }
+    }
 }
 
 pub(super) type Members = BTreeMap<NodeId, Member>;
@@ -71,13 +78,14 @@ pub(super) type Members = BTreeMap<NodeId, Member>;
 pub(super) fn choose(
     members: &Members,
     limits: &Limits,
+    newest: Generation,
     recovering: bool,
     waited: Duration,
 ) -> Option<Vec<NodeId>> {
     let (min, max, spares) = (limits.min as usize, limits.max as usize, limits.spares as usize);
     let here = members.iter().filter(|(_, member)| member.away.is_none());
     let mut nodes: Vec<NodeId> = here.map(|(node, _)| *node).collect();
-    nodes.sort_by_key(|node| (members[node].trainer.preference(), *node));
+    nodes.sort_by_key(|node| (members[node].preference(newest), *node));
     let usable = nodes.iter().filter(|node| members[node].trainer.is_usable()).count();
     let count = if recovering && usable >= min {
         usable.min(max)

@@ -4,16 +4,21 @@
 //! when it is believed dead only by some. A failing seed is printed and can be replayed: `CPCR_SEED=N cargo test simulation`, or
 //! `CPCR_SEEDS=100000` for a long night.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+mod defect;
+mod node;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use self::defect::Defect;
+use self::node::{Group, Node, Trainer};
 use super::events::{Effect, Event, Limits, Progress, Running};
 use super::state::{Phase, State};
 use super::state_tests::{came_back, joined, limits};
-use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
+use crate::types::{Generation, NodeId, Step};
 
 /// Steps of a simulated run.
 const STEPS: u64 = 40;
@@ -21,39 +26,6 @@ const STEPS: u64 = 40;
 const TURN: Duration = Duration::from_millis(250);
 /// Turns after which trouble ends, and after which the run must have.
 const TURNS: [u32; 2] = [400, 3000];
-
-/// Which start of a coordinator, and which generation of it.
-type Group = (u32, Generation);
-
-/// A trainer process.
-#[derive(Debug, Clone, Copy)]
-struct Trainer {
-    /// What it was told to join last.
-    place: Option<(Group, Rank, WorldSize)>,
-    /// What it has joined: the group that it believes in.
-    joined: Option<Group>,
-    /// Whether it has left, or given up, the group of its place: it waits for another.
-    left: bool,
-    /// Its state, if it has one.
-    done: Option<Step>,
-    frozen: bool,
-}
-
-/// An agent and its trainer.
-#[derive(Debug, Default)]
-struct Node {
-    alive: bool,
-    connected: bool,
-    /// On the way to it, and from it: in order, and lost with the connection.
-    orders: VecDeque<Effect>,
-    reports: VecDeque<Event>,
-    /// Since when it is not.
-    away: Duration,
-    /// Whether it was away for so long that the others may have gone on without it.
-    late: bool,
-    life: u32,
-    trainer: Option<Trainer>,
-}
 
 struct World {
     seed: u64,
@@ -76,24 +48,6 @@ struct World {
     /// Whether what happens is printed: where one seed is replayed.
     told: bool,
     ended: Option<i32>,
-}
-
-/// What is wrong with the coordinator, for the simulation to find.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Defect {
-    None,
-    /// It takes members for new that have brought a trainer along.
-    ForgetsWhoComesBack,
-    /// It does not hear that a trainer's process has ended.
-    MissesExits,
-    /// It does not notice closed connections, nor silence.
-    MissesLosses,
-    /// It has a trainer join the generation that it was in.
-    RepeatsGenerations,
-    /// It tells nobody to leave a generation, and lets those who hang live.
-    KillsNobody,
-    /// It gives every verdict twice.
-    JudgesTwice,
 }
 
 impl World {
@@ -202,10 +156,10 @@ impl World {
                     self.strand(id, generation);
                 }
             }
-            Effect::End { generation, .. } => {
-                if node.trainer.is_some_and(|t| t.place.is_some_and(|p| p.0.1 == generation)) {
-                    self.exit(id, 137);
-                }
+            Effect::End { generation, .. }
+                if node.trainer.is_some_and(|t| t.place.is_some_and(|p| p.0.1 == generation)) =>
+            {
+                self.exit(id, 137);
             }
             Effect::CheckpointAndStop { .. } => {
                 if let Some(trainer) = node.trainer
@@ -471,56 +425,6 @@ impl World {
             }
         }
         panic!("seed {}: it does not end: {:?}", self.seed, self.state);
-    }
-}
-
-impl Node {
-    fn disconnect(&mut self, now: Duration) {
-        (self.connected, self.away) = (false, now);
-        self.orders.clear();
-        self.reports.clear();
-    }
-}
-
-impl Defect {
-    fn hears(self, event: Event) -> Option<Event> {
-        let missed = match (self, &event) {
-            (Self::MissesExits, Event::TrainerExited { .. })
-            | (Self::MissesLosses, Event::Left { .. } | Event::Tick) => true,
-            _ => false,
-        };
-        match event {
-            _ if missed => None,
-            Event::Joined { node, incarnation, kv_address, gpus, .. }
-                if self == Self::ForgetsWhoComesBack =>
-            {
-                Some(Event::Joined { node, incarnation, kv_address, gpus, running: None })
-            }
-            event => Some(event),
-        }
-    }
-
-    fn says(self, effect: Effect) -> Vec<Effect> {
-        match (self, effect) {
-            (Self::KillsNobody, Effect::Leave { .. } | Effect::End { .. }) => Vec::new(),
-            (Self::JudgesTwice, Effect::Verdict(verdict)) => {
-                vec![Effect::Verdict(verdict.clone()), Effect::Verdict(verdict)]
-            }
-            (
-                Self::RepeatsGenerations,
-                Effect::Start { node, generation, rank, world, kv_address, backend },
-            ) => {
-                let generation = Generation(generation.0.div_ceil(2));
-                vec![Effect::Start { node, generation, rank, world, kv_address, backend }]
-            }
-            (_, effect) => vec![effect],
-        }
-    }
-}
-
-impl Trainer {
-    fn fresh() -> Self {
-        Self { place: None, joined: None, left: false, done: None, frozen: false }
     }
 }
 

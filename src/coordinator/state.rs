@@ -167,6 +167,7 @@ impl State {
                     gpus,
                     last_seen: now,
                     trainer,
+                    done: running.and_then(|running| running.done),
                     failures: 0,
                     away: None,
                 };
@@ -280,7 +281,7 @@ impl State {
         let waited = now.saturating_sub(since);
         let recovering =
             recovering.is_some_and(|from| now >= from) && !self.awaits_who_strayed(now);
-        let chosen = choose(&self.members, &self.limits, recovering, waited);
+        let chosen = choose(&self.members, &self.limits, self.generation, recovering, waited);
         let Some(nodes) = chosen else { return };
         let Some(backend) = self.choose_backend(&nodes, effects) else { return };
         let Some(first) = nodes.first().and_then(|node| self.members.get(node)) else { return };

@@ -236,6 +236,34 @@ fn a_generation_that_does_not_come_back_whole_goes_on_with_a_new_group() {
 }
 
 #[test]
+fn who_comes_from_an_older_generation_does_not_disturb_the_adoption_of_the_newest() {
+    let limits = Limits { max: 4, ..limits() };
+    let mut state = State::new(limits.clone());
+    state.apply(Duration::ZERO, came_back(0, 0, running(5, 0, false)));
+    assert!(state.apply(Duration::ZERO, came_back(3, 0, running(4, 0, true))).is_empty());
+    state.apply(Duration::ZERO, came_back(1, 0, running(5, 1, false)));
+    state.apply(Duration::ZERO, came_back(2, 0, running(5, 2, false)));
+    assert!(matches!(state.phase(), Phase::Training { ranks, .. } if ranks.len() == 3));
+    // One that still steps in a group of its own is told that this is over, and let in.
+    let mut state = State::new(limits.clone());
+    state.apply(Duration::ZERO, came_back(0, 0, running(5, 0, false)));
+    let effects = state.apply(Duration::ZERO, came_back(3, 0, running(4, 0, false)));
+    assert_eq!(effects, [Effect::Leave { node: NodeId(3), generation: Generation(4) }]);
+    state.apply(Duration::ZERO, came_back(1, 0, running(5, 1, false)));
+    state.apply(Duration::ZERO, came_back(2, 0, running(5, 2, false)));
+    let effects = state.apply(Duration::ZERO, stranded(3, 4, 6));
+    assert_eq!((started(&effects), state.generation()), (vec![0, 1, 2, 3], Generation(6)));
+}
+
+#[test]
+fn the_most_advanced_train_on_where_not_all_can() {
+    let mut state = State::new(Limits { max: 1, min: 1, spares: 1, ..limits() });
+    let waits = |done| Running { done: Some(Step(done)), ..running(5, 0, true) };
+    state.apply(Duration::ZERO, came_back(0, 0, waits(3)));
+    assert_eq!(started(&state.apply(Duration::ZERO, came_back(1, 0, waits(9)))), [1]);
+}
+
+#[test]
 fn a_connection_made_anew_interrupts_nothing() {
     let mut state = all_here();
     let left = Event::Left { node: NodeId(1), incarnation: "1.0".to_owned() };

@@ -68,6 +68,13 @@ impl State {
             let (since, world) = (now, running.world);
             self.phase = Phase::Adopting { since, world, ranks: BTreeMap::new() };
         }
+        if running.generation < self.generation {
+            if !running.stranded {
+                // It has been cut off, and goes on beside the others: what it has is welcome, its group is over.
+                effects.push(Effect::Leave { node, generation: running.generation });
+            }
+            return;
+        }
         let Phase::Adopting { world, ranks, .. } = &mut self.phase else { return };
         if running.stranded || running.generation != self.generation || running.world != *world {
             let why = format!("node {node} has left its generation");

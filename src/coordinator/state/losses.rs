@@ -76,6 +76,7 @@ impl State {
             return; // it has been told to join another one since
         }
         member.trainer = Trainer::Waiting { done };
+        member.done = done;
         if generation == self.generation {
             self.strandings.insert(node, evidence.clone());
         }
@@ -84,7 +85,11 @@ impl State {
             return;
         }
         let Phase::Training { ranks, left, .. } = &self.phase else { return };
-        if generation != self.generation || !ranks.contains_key(&node) {
+        if !ranks.contains_key(&node) {
+            self.trainer_is_there(now, node, effects);
+            return;
+        }
+        if generation != self.generation {
             return;
         }
         let away =

@@ -263,14 +263,14 @@ def tail(path):
     return " / ".join(path.read_text(errors="replace").strip().splitlines()[-3:])
 
 
-def campaign(place, runs, seed):
+def campaign(place, runs, seed, one=one_of_a_campaign, disturbances=tuple(DISTURBANCES)):
     violations = []
     started = time.monotonic()
-    counts = dict.fromkeys(DISTURBANCES, 0)
+    counts = dict.fromkeys(disturbances, 0)
     for number in range(seed, seed + runs):
-        told, violation = one_of_a_campaign(place, number)
-        for name in DISTURBANCES:
-            counts[name] += sum(line.startswith(name + " at") for line in told)
+        told, violation = one(place, number)
+        for name in disturbances:
+            counts[name] += sum(line == name or line.startswith((name + " at", name + ", ")) for line in told)
         print(f"run {number}: {'; '.join(told)}: {violation or 'nothing lost'}", file=sys.stderr, flush=True)
         if violation:
             violations.append((number, violation))
@@ -306,7 +306,8 @@ class Figures:
         send(pid, what)
         def both():
             new = self.run.interruptions()[before:]
-            return new if new and new[-1]["cause"]["kind"] == "joined" else None
+            # One whose generation took no step is followed by another.
+            return new if new and new[-1]["cause"]["kind"] == "joined" and "step_s" in new[-1] else None
         new = wait_for("the loss and the return", both)
         gone = next(i for i in new if i["cause"]["kind"] != "joined")
         # A verdict is given when the coordinator hears of the next generation's first step.
@@ -386,17 +387,27 @@ class Place:
 
 
 def main():
+    import chaos_net  # which imports this module
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=0, help="runs of a campaign")
     parser.add_argument("--seed", type=int, default=1, help="of its first run; the others follow")
     parser.add_argument("--figures", type=int, default=0, metavar="N", help="measure recovery, N times each")
+    parser.add_argument("--partitions", type=int, default=0, metavar="N",
+                        help="runs on hosts of their own whose packets are lost; wants root")
     parser.add_argument("--bin", default="target/release", help="folder of the binaries")
     arguments = parser.parse_args()
-    if arguments.runs == 0 and arguments.figures == 0:
-        parser.error("--runs N or --figures N")
+    if arguments.runs == 0 and arguments.figures == 0 and arguments.partitions == 0:
+        parser.error("--runs N, --partitions N or --figures N")
+    if arguments.partitions and (reason := chaos_net.why_not()):
+        print(f"skipped: partitions: {reason}", file=sys.stderr)
+        arguments.partitions = 0
     place = Place(arguments.bin)
     try:
         status = campaign(place, arguments.runs, arguments.seed) if arguments.runs else 0
+        if arguments.partitions:
+            names = (*chaos_net.PARTITIONS, chaos_net.KILLED)
+            status = campaign(place, arguments.partitions, arguments.seed, chaos_net.one, names) or status
         return status or (figures(place, arguments.figures) if arguments.figures else 0)
     except Violation as violation:
         print(f"violation: {violation}", file=sys.stderr)
@@ -406,4 +417,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.modules["chaos"] = sys.modules["__main__"]
     sys.exit(main())

@@ -395,3 +395,32 @@ fn an_abort_ends_a_wait_and_a_drop_with_work_pending_returns() {
     thaw.send(()).unwrap();
     sleeper.join().unwrap();
 }
+
+/// Gloo leaves a send that is half written when its connection fails to the group's timeout: whoever waits must not.
+/// That takes a moment in which one is, so it is tried at many.
+#[test]
+fn an_abort_ends_a_wait_in_the_midst_of_a_transfer() {
+    let meeting = Meeting::new();
+    for round in 0..100u64 {
+        let begun = Instant::now();
+        ranks(&meeting, &Gloo, 3, |group, _| {
+            let tensor = Tensor::ones([2 << 20], (Kind::Float, Device::Cpu));
+            let moment = Duration::from_micros(round * 150 + 50 * u64::from(group.rank().0));
+            thread::scope(|scope| {
+                let started = Instant::now();
+                let work = group.start_all_reduce(&tensor, ReduceOp::Sum).unwrap();
+                let group = group.clone();
+                scope.spawn(move || {
+                    while started.elapsed() < moment {
+                        thread::yield_now();
+                    }
+                    group.abort().unwrap();
+                });
+                if let Err(error) = work.wait() {
+                    assert!(error.ends_generation(), "{error:?}");
+                }
+            });
+        });
+        assert!(begun.elapsed() < PATIENCE / 2, "round {round}: {:?}", begun.elapsed());
+    }
+}

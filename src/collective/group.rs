@@ -12,8 +12,10 @@ use crate::bridge::cuda;
 use crate::kv::KvClient;
 use crate::types::{Rank, WorldSize};
 
-/// How long a drop waits for the engine to tidy up before it leaves that to a thread.
-const TIDY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a drop waits for the engine to tidy up before it leaves that to a thread: with Gloo, one of whose threads may
+/// sit in a send until its timeout, which harms nobody; with NCCL, whose aborts take their time.
+const TIDY_GLOO: Duration = Duration::from_millis(250);
+const TIDY_NCCL: Duration = Duration::from_secs(5);
 
 /// Where and as whom to join a group.
 #[derive(Debug, Clone)]
@@ -50,6 +52,8 @@ impl Rendezvous {
 pub(super) struct Inner {
     /// Taken by `drop` only.
     group: Option<c10d::Group>,
+    /// How long `drop` waits.
+    tidy: Duration,
 }
 
 impl Inner {
@@ -74,8 +78,8 @@ impl Drop for Inner {
         match std::thread::Builder::new().name("cpcr-group-drop".into()).spawn(tidy) {
             // The sender is dropped when done: a disconnect is the good end.
             Ok(_) => {
-                if finished.recv_timeout(TIDY_TIMEOUT) == Err(mpsc::RecvTimeoutError::Timeout) {
-                    tracing::warn!("a process group's abort hangs; left behind");
+                if finished.recv_timeout(self.tidy) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    tracing::info!("a process group takes its time to end; left to a thread");
                 }
             }
             Err(error) => tracing::warn!(%error, "start a thread to drop a process group"),
@@ -113,7 +117,7 @@ impl ProcessGroup {
         let (rank, size) = ranks(rendezvous)?;
         let address = rendezvous.interface.to_string();
         let group = c10d::Group::gloo(&store, rank, size, rendezvous.timeout, &address);
-        Self::joined(group, rendezvous)
+        Self::joined(group, rendezvous, TIDY_GLOO)
     }
 
     /// Joins a group over NCCL for tensors on `device`.
@@ -131,15 +135,16 @@ impl ProcessGroup {
         let (rank, size) = ranks(rendezvous)?;
         let index = i32::try_from(index).unwrap_or(i32::MAX);
         let group = c10d::Group::nccl(library, &store, rank, size, rendezvous.timeout, index);
-        Self::joined(group, rendezvous)
+        Self::joined(group, rendezvous, TIDY_NCCL)
     }
 
     fn joined(
         group: Result<c10d::Group, crate::bridge::error::BridgeError>,
         rendezvous: &Rendezvous,
+        tidy: Duration,
     ) -> Result<Self, CollectiveError> {
         let group = group.map_err(|error| CollectiveError::joining(error, rendezvous.timeout))?;
-        let inner = Arc::new(Inner { group: Some(group) });
+        let inner = Arc::new(Inner { group: Some(group), tidy });
         Ok(Self { inner, rank: rendezvous.rank, world: rendezvous.world })
     }
 

@@ -1,39 +1,11 @@
-// Process groups and their collectives. Gloo is made here; NCCL in ../nccl, behind the same handle.
-#include <gloo/transport/tcp/pair.h>
+// Process groups' collectives, and the store they meet at. Gloo is made in gloo.cpp; NCCL in ../nccl, behind the same handle.
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "group.h"
 #include "guard.h"
 #include "store.h"
 
 namespace {
-
-using c10d::ProcessGroupGloo;
-
-// Reads a protected member by its name, without a subclass to construct.
-struct Contexts : ProcessGroupGloo {
-  static const std::vector<std::shared_ptr<gloo::Context>>& of(ProcessGroupGloo& group) {
-    return group.*(&Contexts::contexts_);
-  }
-};
-
-// c10d has no abort for Gloo: fail each connection as Gloo does itself when one times out.
-void abort_gloo(c10d::Backend& backend) {
-  auto& group = static_cast<ProcessGroupGloo&>(backend);
-  for (const auto& context : Contexts::of(group)) {
-    for (int peer = 0; peer < group.getSize(); ++peer) {
-      if (peer == group.getRank()) {
-        continue;
-      }
-      auto& pair = context->getPair(peer);
-      if (pair) {
-        // createDeviceForHostname makes TCP devices only, whose pairs are tcp::Pair.
-        reinterpret_cast<gloo::transport::tcp::Pair*>(pair.get())->signalExceptionExternal("cpcr: group aborted");
-      }
-    }
-  }
-}
 
 std::vector<at::Tensor> list(const at::Tensor* tensor) {
   return {*tensor};
@@ -52,18 +24,6 @@ int cpcr_store_new(const CpcrStoreTable* table, int64_t timeout_ms, const char* 
 
 void cpcr_store_free(c10d::Store* store) {
   cpcr::quietly([&] { c10::intrusive_ptr<c10d::Store>::reclaim(store); });
-}
-
-int cpcr_gloo_new(
-    c10d::Store* store, int rank, int size, int64_t timeout_ms, const char* address, CpcrGroup** out) {
-  return cpcr::guarded([&] {
-    auto shared = c10::intrusive_ptr<c10d::Store>::reclaim_copy(store);
-    auto options = ProcessGroupGloo::Options::create(std::chrono::milliseconds(timeout_ms));
-    options->devices.push_back(ProcessGroupGloo::createDeviceForHostname(address, false));
-    auto backend = c10::make_intrusive<ProcessGroupGloo>(shared, rank, size, options);
-    *out = cpcr::wrap_group(
-        std::move(shared), std::move(backend), c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, abort_gloo);
-  });
 }
 
 int cpcr_group_abort(CpcrGroup* group) {

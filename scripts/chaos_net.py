@@ -1,0 +1,225 @@
+"""Partitions between real processes in network namespaces: the part of `scripts/chaos.sh` that wants root.
+
+Every process of a run has a host of its own, a network namespace behind one router: the store, the coordinator, the
+workers. What is started on them is what a cluster starts, with the same commands, and what ends is started again as a
+cluster would do it. Packets are lost on the router, by rules with a direction, so that a partition may be one of a kind
+where A hears B and B does not hear A. Linux, `ip`, the standard library only.
+"""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+from chaos import KEYS, RESUMABLE, RUN_S_MAX, SMALL, Violation, processes, send, tail, wait_for
+
+# 10.77.N.0/30 is host N's link: .1 is the router, .2 the host.
+STORE, COORDINATOR, WORKERS = 0, 1, 2
+PORT = 7077
+
+
+def ip(*arguments, check=True):
+    done = subprocess.run(["ip", *map(str, arguments)], capture_output=True, text=True)
+    if check and done.returncode != 0:
+        raise Violation(f"ip {' '.join(map(str, arguments))}: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def why_not():
+    """Why no namespaces can be had here, if so."""
+    if shutil.which("ip") is None:
+        return "no `ip` here (iproute2)"
+    name = f"cpcr{os.getpid()}p"
+    if not ip("netns", "add", name, check=False):
+        return "no network namespaces without root"
+    rules = ip("-n", name, "rule", "add", "from", "10.77.0.2", "to", "10.77.1.2", "blackhole", check=False)
+    ip("netns", "del", name, check=False)
+    return None if rules else "this kernel's `ip rule` has no blackhole"
+
+
+class Network:
+    """Hosts around a router."""
+
+    def __init__(self, count):
+        self.prefix, self.count, self.cuts = f"cpcr{os.getpid()}", count, set()
+        self.router = f"{self.prefix}r"
+        ip("netns", "add", self.router)
+        subprocess.run(["ip", "netns", "exec", self.router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"], check=True)
+        for n in range(count):
+            ip("netns", "add", self.host(n))
+            ip("link", "add", f"v{n}", "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", self.host(n))
+            ip("-n", self.router, "addr", "add", f"10.77.{n}.1/30", "dev", f"v{n}")
+            ip("-n", self.router, "link", "set", f"v{n}", "up")
+            ip("-n", self.host(n), "addr", "add", f"{address(n)}/30", "dev", "eth0")
+            ip("-n", self.host(n), "link", "set", "eth0", "up")
+            ip("-n", self.host(n), "link", "set", "lo", "up")
+            ip("-n", self.host(n), "route", "add", "default", "via", f"10.77.{n}.1")
+
+    def host(self, n):
+        return f"{self.prefix}h{n}"
+
+    def cut(self, *ways):
+        """What host a sends to host b is lost, for each (a, b)."""
+        for a, b in ways:
+            ip("-n", self.router, "rule", "add", "from", address(a), "to", address(b), "blackhole")
+            self.cuts.add((a, b))
+
+    def heal(self):
+        for a, b in self.cuts:
+            ip("-n", self.router, "rule", "del", "from", address(a), "to", address(b), "blackhole")
+        self.cuts.clear()
+
+    def close(self):
+        for n in range(self.count):
+            ip("netns", "del", self.host(n), check=False)
+        ip("netns", "del", self.router, check=False)
+
+
+def address(n):
+    return f"10.77.{n}.2"
+
+
+class Cluster:
+    """A run whose processes are started on hosts, and again when they end, but for the reasons that a cluster accepts."""
+
+    def __init__(self, place, workers, sets):
+        self.place, self.sets, self.workers = place, sets, range(WORKERS, WORKERS + workers)
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="cpcr-chaos-net-"))
+        shutil.copytree(place.data, self.folder / "s3/bucket/data")
+        self.local = self.folder / "s3/bucket/run"
+        self.environment = dict(os.environ, AWS_ENDPOINT=f"http://{address(STORE)}:9000", **KEYS)
+        self.network = Network(WORKERS + workers)
+        self.ending, self.statuses, self.lives = False, {}, {}
+        self.server = self.spawn(STORE, [place.cpcr, "s3", "--dir", self.folder / "s3", "--listen", f"{address(STORE)}:9000"])
+        wait_for("the store", lambda: processes(f"--listen {address(STORE)}"))
+        self.threads = [threading.Thread(target=self.keep, args=(COORDINATOR, self.coordinator))]
+        self.threads += [threading.Thread(target=self.keep, args=(n, self.worker)) for n in self.workers]
+
+    def spawn(self, n, command):
+        log = open(self.folder / f"host-{n}.log", "a")
+        return subprocess.Popen(["ip", "netns", "exec", self.network.host(n), *map(str, command)], cwd=self.folder, stdout=log,
+                                env=self.environment, stderr=log, stdin=subprocess.DEVNULL)
+
+    def coordinator(self):
+        command = [self.place.cpcr, "coordinator", "--listen", f"{address(COORDINATOR)}:{PORT}", "--run", "s3://bucket/run",
+                   "--nodes", f"{max(1, len(self.workers) - 1)}:{len(self.workers)}", "--config", "demo", "--backend", "gloo",
+                   "--data", "s3://bucket/data"]
+        for pair in [*SMALL, *self.sets]:
+            command += ["--set", pair]
+        return self.spawn(COORDINATOR, command)
+
+    def worker(self, n):
+        command = [self.place.cpcr, "worker", "--coordinator", f"{address(COORDINATOR)}:{PORT}", "--node", n - WORKERS,
+                   "--run", "s3://bucket/run", "--logs", self.folder / f"logs-{n}", "--threads", 1, "--patience-s", 120]
+        return self.spawn(n, command)
+
+    def keep(self, n, start):
+        """One host's process, started again whenever it ends with what a cluster would not accept."""
+        while not self.ending:
+            self.lives[n] = start() if n == COORDINATOR else start(n)
+            status = self.lives[n].wait()
+            if status in (0, 2) or self.ending:
+                self.statuses[n] = status
+                return
+            time.sleep(0.2)
+
+    def start(self):
+        for thread in self.threads:
+            thread.start()
+
+    def finish(self):
+        """Waits for the good end of all."""
+        wait_for("the end of the coordinator", lambda: COORDINATOR in self.statuses, RUN_S_MAX)
+        wait_for("the end of the workers", lambda: len(self.statuses) == len(self.threads), 60)
+        if any(self.statuses.values()):
+            logs = "; ".join(f"host {n}: {tail(self.folder / f'host-{n}.log')}" for n, s in self.statuses.items() if s)
+            raise Violation(f"statuses {self.statuses}: {logs}")
+
+    def close(self):
+        self.ending = True
+        self.network.heal()
+        left = [pid for pid in processes("s3://bucket/run") if pid != os.getpid()]
+        for life in self.lives.values():
+            life.kill()
+        for pid in left:
+            send(pid, signal.SIGKILL)
+        self.server.kill()
+        for thread in self.threads:
+            if thread.ident:
+                thread.join()
+        self.network.close()
+        return not left
+
+    def audit(self, steps):
+        for arguments in (["audit", self.local, "--json"], ["checkpoints", "verify", self.local]):
+            done = subprocess.run([self.place.cpcr, *arguments], capture_output=True, text=True, timeout=RUN_S_MAX)
+            if done.returncode != 0:
+                raise Violation(f"cpcr {arguments[0]}: status {done.returncode}: {done.stderr.strip()}")
+            if arguments[0] == "audit" and f'"steps":{steps}' not in done.stdout.replace(" ", ""):
+                raise Violation(f"not {steps} steps in the ledger: {done.stdout.strip()}")
+
+
+def both(a, b):
+    return [(a, b), (b, a)]
+
+
+def from_all(cluster, n):
+    return [way for other in (STORE, COORDINATOR, *cluster.workers) if other != n for way in both(n, other)]
+
+
+# Which packets are lost, by name; drawn hosts are filled in.
+PARTITIONS = {
+    "a worker and the coordinator": lambda c: both(random.choice(c.workers), COORDINATOR),
+    "what a worker says to the coordinator": lambda c: [(random.choice(c.workers), COORDINATOR)],
+    "what the coordinator says to a worker": lambda c: [(COORDINATOR, random.choice(c.workers))],
+    "two workers": lambda c: both(*random.sample(c.workers, 2)),
+    "what a worker says to another": lambda c: [tuple(random.sample(c.workers, 2))],
+    "a worker and the store": lambda c: both(random.choice(c.workers), STORE),
+    "what the store says to a worker": lambda c: [(STORE, random.choice(c.workers))],
+    "the coordinator and the store": lambda c: both(COORDINATOR, STORE),
+    "the coordinator and all workers": lambda c: [way for n in c.workers for way in both(n, COORDINATOR)],
+    "a worker and all others": lambda c: from_all(c, random.choice(c.workers)),
+}
+KILLED = "SIGKILL of the coordinator"
+
+
+def one(place, seed):
+    """What happened in one run, in words, and what was wrong with it."""
+    random.seed(seed)
+    steps = random.choice([300, 600])
+    sets = [f"train.iterations={steps}", f"checkpoint.every={random.choice([50, 1000])}", "recovery.target_s=4"]
+    cluster = Cluster(place, random.randint(2, 3), sets)
+    told = [f"{len(cluster.workers)} workers, {steps} steps"]
+    try:
+        cluster.start()
+        wait_for("a checkpoint's folder", lambda: (cluster.local / "ledger").exists())
+        time.sleep(random.uniform(0.0, 4.0))
+        for _ in range(random.randint(1, 3)):
+            if COORDINATOR in cluster.statuses:
+                break
+            name = random.choice([*PARTITIONS, KILLED])
+            if name == KILLED:
+                for pid in processes(f" coordinator --listen {address(COORDINATOR)}"):
+                    send(pid, signal.SIGKILL)
+                told.append(name)
+                continue
+            seconds = random.uniform(0.5, 15.0)
+            cluster.network.cut(*PARTITIONS[name](cluster))
+            time.sleep(seconds)
+            cluster.network.heal()
+            told.append(f"{name}, {seconds:.1f} s")
+            time.sleep(random.uniform(0.0, 2.0))
+        cluster.finish()
+        cluster.audit(steps)
+        if not cluster.close():
+            raise Violation("processes left behind")
+        shutil.rmtree(cluster.folder)
+        return told, None
+    except Violation as violation:
+        cluster.close()
+        return told, f"{violation} (kept: {cluster.folder})"

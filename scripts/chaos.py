@@ -81,14 +81,15 @@ class Run:
         self.url = str(self.folder / "run")
         self.local = self.folder / "run"
         if faults is not None:
-            (self.folder / "s3/bucket").mkdir(parents=True)
+            bucket = f"chaos-{os.getpid()}"  # processes are known by their command lines: no other campaign's
+            (self.folder / "s3" / bucket).mkdir(parents=True)
             self.environment |= KEYS
             command = [place.cpcr, "s3", "--dir", self.folder / "s3", "--listen", "127.0.0.1:0",
                        "--faults", "0.02", "--faults-seed", str(faults)]
             self.server = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True,
                                            stderr=subprocess.DEVNULL)
             self.environment["AWS_ENDPOINT"] = "http://" + self.server.stdout.readline().strip()
-            self.url, self.local = "s3://bucket/run", self.folder / "s3/bucket/run"
+            self.url, self.local = f"s3://{bucket}/run", self.folder / "s3" / bucket / "run"
         self.launcher, self.log = None, self.folder / "launcher.log"
 
     def start(self):

@@ -90,13 +90,14 @@ class Cluster:
     def __init__(self, place, workers, sets):
         self.place, self.sets, self.workers = place, sets, range(WORKERS, WORKERS + workers)
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="cpcr-chaos-net-"))
-        shutil.copytree(place.data, self.folder / "s3/bucket/data")
-        self.local = self.folder / "s3/bucket/run"
+        bucket = f"chaos-{os.getpid()}"  # processes are known by their command lines: no other campaign's
+        self.url, self.data, self.local = f"s3://{bucket}/run", f"s3://{bucket}/data", self.folder / "s3" / bucket / "run"
+        shutil.copytree(place.data, self.folder / "s3" / bucket / "data")
         self.environment = dict(os.environ, AWS_ENDPOINT=f"http://{address(STORE)}:9000", **KEYS)
         self.network = Network(WORKERS + workers)
         self.ending, self.statuses, self.lives = False, {}, {}
         self.server = self.spawn(STORE, [place.cpcr, "s3", "--dir", self.folder / "s3", "--listen", f"{address(STORE)}:9000"])
-        wait_for("the store", lambda: processes(f"--listen {address(STORE)}"))
+        wait_for("the store", lambda: processes(f"--dir {self.folder / 's3'} --listen"))
         self.threads = [threading.Thread(target=self.keep, args=(COORDINATOR, self.coordinator))]
         self.threads += [threading.Thread(target=self.keep, args=(n, self.worker)) for n in self.workers]
 
@@ -106,16 +107,16 @@ class Cluster:
                                 env=self.environment, stderr=log, stdin=subprocess.DEVNULL)
 
     def coordinator(self):
-        command = [self.place.cpcr, "coordinator", "--listen", f"{address(COORDINATOR)}:{PORT}", "--run", "s3://bucket/run",
+        command = [self.place.cpcr, "coordinator", "--listen", f"{address(COORDINATOR)}:{PORT}", "--run", self.url,
                    "--nodes", f"{max(1, len(self.workers) - 1)}:{len(self.workers)}", "--config", "demo", "--backend", "gloo",
-                   "--data", "s3://bucket/data"]
+                   "--data", self.data]
         for pair in [*SMALL, *self.sets]:
             command += ["--set", pair]
         return self.spawn(COORDINATOR, command)
 
     def worker(self, n):
         command = [self.place.cpcr, "worker", "--coordinator", f"{address(COORDINATOR)}:{PORT}", "--node", n - WORKERS,
-                   "--run", "s3://bucket/run", "--logs", self.folder / f"logs-{n}", "--threads", 1, "--patience-s", 120]
+                   "--run", self.url, "--logs", self.folder / f"logs-{n}", "--threads", 1, "--patience-s", 120]
         return self.spawn(n, command)
 
     def keep(self, n, start):
@@ -143,7 +144,7 @@ class Cluster:
     def close(self):
         self.ending = True
         self.network.heal()
-        left = [pid for pid in processes("s3://bucket/run") if pid != os.getpid()]
+        left = [pid for pid in processes(self.url) if pid != os.getpid()]
         for life in self.lives.values():
             life.kill()
         for pid in left:
@@ -204,7 +205,7 @@ def one(place, seed):
                 break
             name = random.choice([*PARTITIONS, KILLED])
             if name == KILLED:
-                for pid in processes(f" coordinator --listen {address(COORDINATOR)}"):
+                for pid in processes(f"--listen {address(COORDINATOR)}:{PORT} --run {cluster.url}"):
                     send(pid, signal.SIGKILL)
                 told.append(name)
                 continue

@@ -350,20 +350,27 @@ fn a_coordinator_and_workers_started_apart_train_together() {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let run = folder.path().join("run");
-    let mut coordinator = Command::new(CPCR);
-    coordinator.args(["coordinator", "--nodes", "2", "--backend", "gloo", "--config", "demo"]);
-    coordinator.arg("--data").arg(&data);
-    coordinator.arg("--run").arg(&run);
-    for pair in SMALL.iter().chain(&["train.iterations=12"]) {
-        coordinator.args(["--set", pair]);
-    }
+    let state = folder.path().join("state");
+    let coordinates = || {
+        let mut coordinator = Command::new(CPCR);
+        coordinator.args(["coordinator", "--nodes", "2", "--backend", "gloo", "--config", "demo"]);
+        coordinator.arg("--data").arg(&data).arg("--run").arg(&run).arg("--state").arg(&state);
+        for pair in SMALL.iter().chain(&["train.iterations=12"]) {
+            coordinator.args(["--set", pair]);
+        }
+        coordinator
+    };
+    let mut coordinator = coordinates();
     let mut coordinator =
         coordinator.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut address = String::new();
     BufReader::new(coordinator.stdout.as_mut().unwrap()).read_line(&mut address).unwrap();
-    let workers: Vec<Child> = ["0", "1"]
-        .iter()
-        .map(|node| {
+    let probe = |what: &str| {
+        succeed(&Command::new(CPCR).args(["probe", what, "--state"]).arg(&state).output().unwrap());
+    };
+    probe("alive");
+    let workers = |nodes: &[&str]| -> Vec<Child> {
+        let worker = |node: &&str| {
             Command::new(CPCR)
                 .args(["worker", "--coordinator", address.trim(), "--threads", "1", "--run"])
                 .arg(&run)
@@ -375,11 +382,18 @@ fn a_coordinator_and_workers_started_apart_train_together() {
                 .stderr(Stdio::piped())
                 .spawn()
                 .unwrap()
-        })
-        .collect();
-    for process in workers.into_iter().chain([coordinator]) {
+        };
+        nodes.iter().map(worker).collect()
+    };
+    for process in workers(&["0", "1"]).into_iter().chain([coordinator]) {
         succeed(&process.wait_with_output().unwrap());
     }
+    probe("ready");
+    // Whoever comes when all is done has nothing to do: a cluster starts a pod again that was lost at the end.
+    succeed(&coordinates().output().unwrap());
+    let (late, begun) = (workers(&["1"]).remove(0), Instant::now());
+    succeed(&late.wait_with_output().unwrap());
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     assert!(run.join("checkpoints/step-00000012/manifest.json").is_file());
     assert!(run.join("report/metrics.json").is_file());
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command as Process;
 use std::time::Duration;
 
@@ -21,7 +21,8 @@ use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{
     FaultPlan, FaultProxy, InjectedFault, S3ServerOptions, Store, StoreOptions, serve,
 };
-use crate::types::NodeId;
+use crate::telemetry::probe::{self, Sign, Signs};
+use crate::types::{NodeId, Step};
 use crate::worker::{AgentOptions, ChildOptions, PARENT_VARIABLE, run_agent};
 
 /// Longest silence of trainers that start: a checkpoint comes from far away.
@@ -61,6 +62,15 @@ enum Command {
         /// JSON on stdout.
         #[arg(long)]
         json: bool,
+    },
+    /// For a platform's probes: whether a coordinator or worker with the same --state gives signs of life.
+    Probe {
+        /// alive: its loop turns; ready: a worker has its coordinator.
+        #[arg(value_parser = ["alive", "ready"])]
+        what: String,
+        /// The folder.
+        #[arg(long)]
+        state: PathBuf,
     },
     /// Tells what this machine lacks.
     Doctor {
@@ -156,6 +166,9 @@ struct CoordinatorArguments {
     /// Which collectives; `auto` takes NCCL if every trainer has a GPU of its own, else Gloo.
     #[arg(long, default_value = "auto", value_enum)]
     backend: BackendArgument,
+    /// A folder for signs of life, for `cpcr probe`.
+    #[arg(long)]
+    state: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -181,6 +194,9 @@ struct WorkerArguments {
     /// How long the coordinator may be out of reach, in seconds.
     #[arg(long, default_value_t = 20)]
     patience_s: u64,
+    /// A folder for signs of life, for `cpcr probe`.
+    #[arg(long)]
+    state: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -242,12 +258,24 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Compare(arguments) => compare::compare(*arguments).await,
         Command::Predict { rest } => engine("predict", &rest),
         Command::Export { rest } => engine("export", &rest),
+        Command::Probe { what, state } => probed(&what, &state),
         Command::Bench(Bench::Step { rest }) => engine_bench("step", rest),
         Command::Bench(Bench::Checkpoint { rest }) => engine_bench("checkpoint", rest),
         Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
         Command::Bench(Bench::Coordinator(arguments)) => bench::coordinator(arguments).await,
         Command::Bench(Bench::DataChild { task }) => bench::child(&task),
     }
+}
+
+fn signs(folder: Option<PathBuf>) -> Result<Signs, Failure> {
+    let Some(folder) = folder else { return Ok(Signs::default()) };
+    Signs::in_folder(folder.clone())
+        .map_err(|error| Failure::usage(format!("--state {}: {error}", folder.display())))
+}
+
+fn probed(what: &str, folder: &Path) -> Result<i32, Failure> {
+    let sign = if what == "alive" { Sign::Alive } else { Sign::Ready };
+    probe::look(folder, sign).map(|()| EXIT_DONE).map_err(Failure::failed)
 }
 
 fn engine_bench(what: &str, rest: Vec<String>) -> Result<i32, Failure> {
@@ -270,10 +298,6 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
             run::prepare(config, &a.run, a.nodes.max, a.resume, &options).await?
         }
     };
-    let listener = tokio::net::TcpListener::bind(a.listen)
-        .await
-        .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
-    announce(listener.local_addr().map_err(Failure::failed)?)?;
     let limits = Limits {
         min: a.nodes.min,
         max: a.nodes.max,
@@ -290,8 +314,17 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
     let ledger = LedgerPlace {
         run: Store::open(&a.run, &options).map_err(Failure::usage)?,
         checkpoint_every: config.checkpoint.every,
+        steps: Step(config.train.iterations),
     };
-    let outcome = service::serve(listener, limits, ledger, super::signals::interrupted())
+    if run::says_complete(&ledger.run, &config).await? {
+        return Ok(EXIT_DONE);
+    }
+    let listener = tokio::net::TcpListener::bind(a.listen)
+        .await
+        .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
+    announce(listener.local_addr().map_err(Failure::failed)?)?;
+    let signs = signs(a.state)?;
+    let outcome = service::serve(listener, limits, ledger, signs, super::signals::interrupted())
         .await
         .map_err(Failure::failed)?;
     tracing::info!(status = outcome.status, "{}", outcome.reason);
@@ -311,6 +344,7 @@ async fn worker(a: WorkerArguments) -> Result<i32, Failure> {
         gpus,
         child: ChildOptions { engine: sibling("cpcr-engine")?, logs: a.logs },
         patience: Duration::from_secs(a.patience_s),
+        signs: signs(a.state)?,
     };
     run_agent(&options, super::signals::interrupted()).await.map_err(Failure::failed)
 }

@@ -103,7 +103,9 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     let options = options(&plan);
     plan.config =
         run::prepare(plan.config, &plan.run, plan.nodes.max, arguments.resume, &options).await?;
-    let status = supervise(&plan).await?;
+    let store = Store::open(&plan.run, &options).map_err(Failure::usage)?;
+    let complete = run::says_complete(&store, &plan.config).await?;
+    let status = if complete { EXIT_DONE } else { supervise(&plan).await? };
     if status == EXIT_DONE
         && let Some(report) = &plan.report
     {

@@ -8,11 +8,13 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use super::{Failure, tell, threads_each};
+use crate::checkpoint;
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::synth::{self, SynthOptions};
 use crate::data::write::Work;
+use crate::ledger;
 use crate::store::{Store, StoreError, StoreOptions};
-use crate::types::Backend;
+use crate::types::{Backend, ObjectDigest, Step};
 
 /// What to do with a run that has begun.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -106,6 +108,32 @@ pub async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
     config::load(&ConfigSource::Text(text), &[]).map(Some).map_err(Failure::usage)
 }
 
+/// Whether the run has nothing left to do, which the user is told.
+///
+/// # Errors
+/// [`Failure`] where the store does not answer.
+pub async fn says_complete(store: &Store, config: &RunConfig) -> Result<bool, Failure> {
+    let steps = Step(config.train.iterations);
+    let complete = ledger::is_complete(store, steps).await.map_err(Failure::failed)?;
+    if complete {
+        tell(&format!("complete already: {store} has all its {steps} steps (train.iterations)"));
+    }
+    Ok(complete)
+}
+
+/// Refuses a dataset that is not the one of the run's checkpoints. By its manifest's hash: it may have moved.
+async fn same_dataset(store: &Store, data: &str, manifest: &[u8]) -> Result<(), Failure> {
+    let newest = checkpoint::latest_state(store).await.map_err(Failure::failed)?;
+    match newest {
+        Some((newest, _)) if newest.dataset_sha256 != ObjectDigest::of(manifest).sha256 => {
+            Err(Failure::usage(format!(
+                "{store} holds a run on another dataset than {data}; use another --run, or its own dataset"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A store that does not answer may do so later (1: a cluster tries again); all else is to be mended (2).
 fn unavailable(error: StoreError) -> Failure {
     match error {
@@ -175,6 +203,8 @@ pub async fn prepare(
         if resume == Resume::Never {
             return Err(Failure::usage(format!("{run} holds a run already (--resume never)")));
         }
+        let manifest = dataset.get("manifest.json").await.map_err(unavailable)?;
+        same_dataset(&store, data, &manifest).await?;
         let differences = config.differences(&earlier);
         if !differences.is_empty() {
             return Err(Failure::usage(format!(

@@ -33,6 +33,8 @@ pub struct LedgerPlace {
     pub run: Store,
     /// Steps between checkpoints: at each of them the ledger is written.
     pub checkpoint_every: u64,
+    /// Steps of the whole run.
+    pub steps: Step,
 }
 
 /// What goes into the ledger.
@@ -169,7 +171,7 @@ mod tests {
 
     fn place() -> LedgerPlace {
         let run = Store::open("memory:///", &StoreOptions::default()).unwrap();
-        LedgerPlace { run, checkpoint_every: 3 }
+        LedgerPlace { run, checkpoint_every: 3, steps: Step(100) }
     }
 
     fn ready() -> TrainerEvent {

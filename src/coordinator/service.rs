@@ -23,10 +23,11 @@ use super::records::{self, LedgerPlace, Recording, Records, Told};
 use super::reports::{Said, relay};
 use super::state::{Phase, State};
 use super::verdict::kind_of_exit;
-use crate::ledger::{LedgerError, RECEIPTS_MAX};
+use crate::ledger::{COMPLETION_PATH, LedgerError, RECEIPTS_MAX, complete};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use crate::proto::wire::{self, agent_message};
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE};
+use crate::telemetry::probe::{Sign, Signs};
 use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
 
 /// Inputs that may wait for the owner task.
@@ -86,7 +87,7 @@ enum Input {
     Stop(String),
 }
 
-/// Serves a run until it ends. `stop` ends it in good order (75) when it resolves.
+/// Serves a run until it ends, leaving `signs` of life. `stop` ends it in good order (75) when it resolves.
 ///
 /// # Errors
 /// [`ServiceError`] if the socket fails, or the ledger is not to be had.
@@ -94,12 +95,13 @@ pub async fn serve(
     listener: TcpListener,
     limits: Limits,
     ledger: LedgerPlace,
+    signs: Signs,
     stop: impl Future<Output = String> + Send + 'static,
 ) -> Result<Outcome, ServiceError> {
     let wanted = limits.max;
     let epoch = crate::store::unique_id();
     let chronicle = Chronicle::start(ledger.run.clone(), &epoch);
-    let (records, recording) = records::start(ledger, &epoch).await?;
+    let (records, recording) = records::start(ledger.clone(), &epoch).await?;
     let (inputs, queue) = mpsc::channel(QUEUE);
     let (status, watched) = watch::channel(wire::RunStatus { wanted, ..Default::default() });
     let stopper = inputs.clone();
@@ -110,7 +112,13 @@ pub async fn serve(
     });
     let silence = limits.heartbeat;
     let outbound = Outbound { epoch, silence, agents: BTreeMap::new(), chronicle, status };
-    let owner = tokio::spawn(own(State::new(limits), (records, recording), outbound, queue));
+    let owner = tokio::spawn(own(
+        State::new(limits),
+        (records, recording),
+        outbound,
+        queue,
+        (ledger, signs),
+    ));
     let (over, ended) = tokio::sync::oneshot::channel::<()>();
     let service =
         CoordinatorServer::new(Service { inputs, connections: AtomicU64::new(0), watched })
@@ -154,12 +162,23 @@ async fn recorded(
     Outcome { status, reason: format!("{}, but its ledger is not: {why}", outcome.reason) }
 }
 
+/// Says so in the bucket, for whoever hears of the end nowhere else. A warning is all that can be done otherwise: those
+/// wait until their patience ends.
+async fn say_if_complete(outcome: &Outcome, place: &LedgerPlace, epoch: &str) {
+    if outcome.status == EXIT_DONE
+        && let Err(error) = complete(&place.run, place.steps, epoch).await
+    {
+        tracing::warn!(%error, "`{COMPLETION_PATH}` is not written");
+    }
+}
+
 /// The one task that owns the state: input, event, apply, execute.
 async fn own(
     mut state: State,
     (mut records, recording): (Records, Recording),
     mut outbound: Outbound,
     mut queue: mpsc::Receiver<Input>,
+    (place, signs): (LedgerPlace, Signs),
 ) -> Outcome {
     let start = Instant::now();
     let mut tick = tokio::time::interval(TICK);
@@ -176,7 +195,10 @@ async fn own(
                 outbound.chronicle.account(&state.goodput(start.elapsed()));
                 None
             }
-            _ = tick.tick() => Some(Event::Tick),
+            _ = tick.tick() => {
+                signs.give(Sign::Ready);
+                Some(Event::Tick)
+            }
         };
         let Some(event) = event else { continue };
         for effect in state.apply(start.elapsed(), event) {
@@ -190,6 +212,7 @@ async fn own(
         if let Phase::Finished { status: code, reason } = state.phase() {
             let outcome = Outcome { status: *code, reason: reason.clone() };
             let outcome = recorded(outcome, (records, recording), RECORDING_MAX).await;
+            say_if_complete(&outcome, &place, &outbound.epoch).await;
             let Outcome { status: code, reason } = outcome.clone();
             outbound.execute(Effect::Finish { status: code, reason });
             let goodput = state.goodput(start.elapsed());
@@ -366,7 +389,7 @@ mod tests {
         recording: impl Future<Output = Result<(), LedgerError>> + Send + 'static,
     ) -> Outcome {
         let run = Store::open("memory:///", &StoreOptions::default()).unwrap();
-        let place = LedgerPlace { run, checkpoint_every: 1 };
+        let place = LedgerPlace { run, checkpoint_every: 1, steps: Step(1) };
         let (records, _task) = records::start(place, "epoch").await.unwrap();
         let outcome = Outcome { status, reason: "over".to_owned() };
         let bounds = [Duration::from_millis(50); 2];
@@ -377,7 +400,7 @@ mod tests {
     #[tokio::test]
     async fn a_connection_that_was_replaced_takes_nobody_along() {
         let run = Store::open("memory:///", &StoreOptions::default()).unwrap();
-        let place = LedgerPlace { run, checkpoint_every: 1 };
+        let place = LedgerPlace { run, checkpoint_every: 1, steps: Step(1) };
         let (records, _task) = records::start(place, "epoch").await.unwrap();
         let (status, _watched) = watch::channel(wire::RunStatus::default());
         let mut agents = BTreeMap::new();

@@ -21,6 +21,7 @@
 
 mod audit;
 mod branches;
+mod completion;
 mod error;
 mod explain;
 mod fingerprint;
@@ -35,6 +36,7 @@ mod simulation;
 
 pub use audit::{AuditError, Report, audit};
 pub use branches::{Branches, Path, Violation};
+pub use completion::{COMPLETION_PATH, complete, is_complete};
 pub use error::LedgerError;
 pub use fingerprint::{PIECES, Part};
 pub use receipts::{Carried, RECEIPTS_MAX, Receipts, STATE_KEY};

@@ -8,6 +8,7 @@
 
 pub mod logging;
 pub mod otlp;
+pub mod probe;
 pub mod progress;
 pub mod spans;
 

@@ -76,6 +76,21 @@ pub enum TrainerError {
     /// The operating system refused.
     #[error("{0}")]
     System(#[from] std::io::Error),
+    /// Waits are too short for this machine: the user's to mend.
+    #[error(
+        "a step takes {step_s:.1} s here, and a wait of {wait_s:.0} s, which follows from recovery.target_s = {target_s}, \
+         would end workers that are well: set recovery.target_s to at least {least_s}"
+    )]
+    TooSlow {
+        /// The usual step.
+        step_s: f64,
+        /// How long a collective waits.
+        wait_s: f64,
+        /// As configured.
+        target_s: u64,
+        /// What would do.
+        least_s: u64,
+    },
     /// The loss is no number any more.
     #[error("the loss is {total} after step {step}: lower train.lr, or look at the data")]
     Diverged {
@@ -119,6 +134,7 @@ impl TrainerError {
             | Self::Device(_)
             | Self::Report(_)
             | Self::Unusable(_)
+            | Self::TooSlow { .. }
             | Self::Diverged { .. } => false,
         }
     }
@@ -146,6 +162,7 @@ impl TrainerError {
             Self::Config(_)
             | Self::Mismatch { .. }
             | Self::InitialWeights { .. }
+            | Self::TooSlow { .. }
             | Self::Unusable(_) => EXIT_USAGE,
             _ => EXIT_FAILED,
         }

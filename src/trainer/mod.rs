@@ -11,6 +11,7 @@ mod files;
 mod join;
 mod methods;
 mod orders;
+mod pace;
 mod persist;
 mod predict;
 mod ranks;
@@ -166,6 +167,9 @@ fn train(
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = started.elapsed().as_secs_f64().max(1e-9);
         report(t, &loss, &tail, &counts, took, waited / took)?;
+        if t.world.0 > 1 {
+            t.pace.step(started.elapsed(), &t.config.recovery)?;
+        }
         if t.validates_here() {
             validate::validate(t, orders)?;
         }

@@ -6,6 +6,7 @@ use tch::Device;
 use tokio::runtime::Runtime;
 
 use super::methods;
+use super::pace::Pace;
 use super::ranks::Ranks;
 use super::snapshot::Copies;
 use super::{TrainerError, device};
@@ -56,6 +57,7 @@ pub struct Trainer {
     pub(super) submitted: Option<Step>,
     pub(super) writer: Option<Writer>,
     pub(super) copies: Copies,
+    pub(super) pace: Pace,
 
     pub(super) rank: Rank,
     pub(super) world: WorldSize,
@@ -112,6 +114,7 @@ impl Trainer {
             submitted: None,
             writer: None,
             copies: Copies::default(),
+            pace: Pace::default(),
             rank: Rank(0),
             world: WorldSize(1),
             validation_due: false,

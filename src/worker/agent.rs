@@ -12,11 +12,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
+use super::completion::nothing_left;
 use crate::config::Recovery;
 use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
 use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
+use crate::telemetry::probe::{Sign, Signs};
 use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
 /// How often an agent gives a sign of life.
@@ -48,6 +50,8 @@ pub struct AgentOptions {
     /// How long a coordinator may be out of reach before the agent gives up (75). A trainer that goes on stepping
     /// is not given up.
     pub patience: Duration,
+    /// For probes.
+    pub signs: Signs,
 }
 
 /// How one connection to the coordinator ended.
@@ -72,8 +76,18 @@ pub async fn run_agent(
 ) -> std::io::Result<i32> {
     tokio::pin!(stop);
     // Its name may not resolve before it is there, and then no route to it is known either.
-    let reached = tokio::time::timeout(options.patience, connect(&options.coordinator)).await;
-    let Ok(client) = reached else { return Ok(given_up(options)) };
+    let (connecting, over) = (connect(&options.coordinator), nothing_left(&options.run));
+    let patience = tokio::time::sleep(options.patience);
+    let mut alive = tokio::time::interval(HEARTBEAT);
+    tokio::pin!(connecting, over, patience);
+    let client = loop {
+        tokio::select! {
+            client = &mut connecting => break client,
+            status = &mut over => return Ok(status),
+            () = &mut patience => return Ok(given_up(options)),
+            _ = alive.tick() => options.signs.give(Sign::Alive),
+        }
+    };
     let interface = interface_towards(&options.coordinator).await;
     let kv = KvServer::bind(SocketAddr::new(interface, 0)).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
@@ -166,13 +180,16 @@ impl Agent<'_> {
         stop: &mut (impl Future<Output = String> + Unpin),
     ) -> Result<Client, i32> {
         let mut deadline = Instant::now() + self.options.patience;
-        let connecting = connect(&self.options.coordinator);
-        tokio::pin!(connecting);
+        let (connecting, over) =
+            (connect(&self.options.coordinator), nothing_left(&self.options.run));
+        tokio::pin!(connecting, over);
         let mut watch = tokio::time::interval(WATCH);
         loop {
             tokio::select! {
                 biased;
                 client = &mut connecting => return Ok(client),
+                // A trainer that goes on regardless was cut off, and has been replaced.
+                status = &mut over => return Err(status),
                 event = next_event(&mut self.trainer) => match event {
                     ChildEvent::Line { stepped: true, .. } => {
                         deadline = Instant::now() + self.options.patience;
@@ -187,7 +204,10 @@ impl Agent<'_> {
                         }
                     }
                 },
-                _ = watch.tick() => self.watch_trainer(),
+                _ = watch.tick() => {
+                    self.options.signs.give(Sign::Alive);
+                    self.watch_trainer();
+                }
                 reason = &mut *stop, if self.stopping.is_none() => {
                     self.stopping = Some(reason);
                     match &mut self.trainer {
@@ -262,6 +282,7 @@ impl Agent<'_> {
                     outbox.say(agent_message::Kind::Stop(wire::StopRequest { reason })).await
                 },
                 _ = heartbeat.tick() => {
+                    self.options.signs.give(Sign::Ready);
                     outbox.say(agent_message::Kind::Heartbeat(wire::Heartbeat {})).await
                 }
                 _ = watch.tick() => {

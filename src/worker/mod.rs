@@ -6,6 +6,7 @@
 
 mod agent;
 mod child;
+mod completion;
 
 pub use agent::{AgentOptions, run_agent};
 pub use child::{ChildOptions, PARENT_VARIABLE, TrainerChild, die_with_parent};

@@ -74,8 +74,8 @@ def wait_for(what, condition, seconds=EVENT_S_MAX):
 class Run:
     """One run of the launcher in a folder of its own."""
 
-    def __init__(self, place, nodes, sets, faults=None):
-        self.place, self.nodes, self.sets = place, nodes, sets
+    def __init__(self, place, nodes, sets, faults=None, spares=0):
+        self.place, self.nodes, self.sets, self.spares = place, nodes, sets, spares
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="cpcr-chaos-"))
         self.server, self.environment = None, dict(os.environ, RUST_LOG="info,cpcr::trainer=debug")
         self.url = str(self.folder / "run")
@@ -94,7 +94,7 @@ class Run:
 
     def start(self):
         command = [self.place.launch, "--config", "demo", "--data", self.place.data, "--run", self.url,
-                   "--backend", "gloo", "--nodes", self.nodes]
+                   "--backend", "gloo", "--nodes", self.nodes, "--spares", str(self.spares)]
         for pair in [*SMALL, *self.sets]:
             command += ["--set", pair]
         with open(self.log, "a") as log:
@@ -236,8 +236,9 @@ def one_of_a_campaign(place, seed):
     steps = random.choice([200, 400, 800])
     faults = seed if random.random() < 0.4 else None
     sets = [f"train.iterations={steps}", f"checkpoint.every={random.choice([20, 50, 1000])}", "recovery.target_s=4"]
-    run = Run(place, f"{least}:{most}", sets, faults)
-    told = [f"{least}:{most} workers, {steps} steps", "storage that answers badly" if faults is not None else "local storage"]
+    spares = int(seed % 2 == 0)
+    run = Run(place, f"{least}:{most}", sets, faults, spares)
+    told = [f"{least}:{most} workers{', a spare' * spares}, {steps} steps", "storage that answers badly" if faults is not None else "local storage"]
     try:
         run.start()
         for _ in range(random.randint(1, 3)):

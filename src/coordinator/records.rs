@@ -88,6 +88,7 @@ pub(super) async fn start(
 pub(super) fn status_of(error: &LedgerError) -> i32 {
     match error {
         LedgerError::Store(error) if error.is_transient() => EXIT_RESUMABLE,
+        LedgerError::Unheard { .. } => EXIT_RESUMABLE,
         _ => EXIT_FAILED,
     }
 }
@@ -143,7 +144,7 @@ async fn keep(
             }
         }
     }
-    Ok(())
+    recorder.is_whole()
 }
 
 /// Creates one object, the same bytes each time: so it is known again if an answer was lost.

@@ -44,6 +44,9 @@ const MESSAGE_BYTES_MAX: usize = RECEIPTS_MAX * 16 + (4 << 20);
 /// has failed anyway.
 const RECORDING_MAX: [Duration; 2] = [Duration::from_secs(75), Duration::from_secs(5)];
 
+/// Longest that everybody waits for the record of the end.
+const COMPLETION_MAX: Duration = Duration::from_secs(15);
+
 /// How the run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
@@ -165,10 +168,14 @@ async fn recorded(
 /// Says so in the bucket, for whoever hears of the end nowhere else. A warning is all that can be done otherwise: those
 /// wait until their patience ends.
 async fn say_if_complete(outcome: &Outcome, place: &LedgerPlace, epoch: &str) {
-    if outcome.status == EXIT_DONE
-        && let Err(error) = complete(&place.run, place.steps, epoch).await
-    {
-        tracing::warn!(%error, "`{COMPLETION_PATH}` is not written");
+    if outcome.status != EXIT_DONE {
+        return;
+    }
+    let written = complete(&place.run, place.steps, epoch);
+    match tokio::time::timeout(COMPLETION_MAX, written).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "`{COMPLETION_PATH}` is not written"),
+        Err(_) => tracing::warn!("`{COMPLETION_PATH}` is not written: the store does not answer"),
     }
 }
 

@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::events::{Effect, Event, Limits, Now, Progress};
-use super::members::{Member, Members, Trainer, choose, most_advanced};
+use super::members::{FRONT, Member, Members, Trainer, choose, most_advanced};
 use super::verdict::{Account, Cause, CauseKind, Interruption};
 use crate::ledger::Recorded;
 use crate::proto::{EXIT_RESUMABLE, EXIT_USAGE};
@@ -281,7 +281,7 @@ impl State {
         let waited = now.saturating_sub(since);
         let recovering =
             recovering.is_some_and(|from| now >= from) && !self.awaits_who_strayed(now);
-        let chosen = choose(&self.members, &self.limits, self.generation, recovering, waited);
+        let chosen = choose(&self.members, &self.limits, recovering, waited);
         let Some(nodes) = chosen else { return };
         let Some(backend) = self.choose_backend(&nodes, effects) else { return };
         let Some(first) = nodes.first().and_then(|node| self.members.get(node)) else { return };
@@ -300,6 +300,7 @@ impl State {
                     self.veterans.insert(node);
                 }
                 member.trainer = Trainer::In(generation);
+                member.done = Some(FRONT);
                 member.last_seen = now;
             }
         }

@@ -244,6 +244,14 @@ fn who_comes_from_an_older_generation_does_not_disturb_the_adoption_of_the_newes
     state.apply(Duration::ZERO, came_back(1, 0, running(5, 1, false)));
     state.apply(Duration::ZERO, came_back(2, 0, running(5, 2, false)));
     assert!(matches!(state.phase(), Phase::Training { ranks, .. } if ranks.len() == 3));
+    // Nor if it comes first.
+    let mut state = State::new(limits.clone());
+    state.apply(Duration::ZERO, came_back(3, 0, running(4, 0, false)));
+    let effects = state.apply(Duration::ZERO, came_back(0, 0, running(5, 0, false)));
+    assert_eq!(effects, [Effect::Leave { node: NodeId(3), generation: Generation(4) }]);
+    state.apply(Duration::ZERO, came_back(1, 0, running(5, 1, false)));
+    state.apply(Duration::ZERO, came_back(2, 0, running(5, 2, false)));
+    assert!(matches!(state.phase(), Phase::Training { ranks, .. } if ranks.len() == 3));
     // One that still steps in a group of its own is told that this is over, and let in.
     let mut state = State::new(limits.clone());
     state.apply(Duration::ZERO, came_back(0, 0, running(5, 0, false)));
@@ -270,6 +278,8 @@ fn a_connection_made_anew_interrupts_nothing() {
     assert!(state.apply(Duration::from_secs(1), left.clone()).is_empty());
     let effects = state.apply(Duration::from_secs(1), came_back(1, 0, running(1, 1, false)));
     assert!(effects.is_empty() && state.generation() == Generation(1), "{effects:?}");
+    let effects = state.apply(Duration::from_secs(1), came_back(0, 0, running(1, 0, false)));
+    assert_eq!(effects, [Effect::Attest { node: NodeId(0), generation: Generation(1) }]);
     assert!(state.apply(Duration::from_secs(4), Event::Tick).is_empty());
     // If there is no other, it is lost, though nobody has missed it.
     state.apply(Duration::from_secs(4), left);

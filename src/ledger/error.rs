@@ -1,7 +1,7 @@
 //! What can go wrong with the ledger, named by what the caller decides.
 
 use crate::store::StoreError;
-use crate::types::Step;
+use crate::types::{Generation, Step};
 
 /// A ledger that cannot be written or read.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -34,6 +34,14 @@ pub enum LedgerError {
     Fenced {
         /// Which object.
         object: String,
+    },
+    /// Something that was said for the ledger never came, and the run ends: the checkpoint carries it.
+    #[error(
+        "some steps of generation {generation} are not recorded: what was said of them was lost on the way"
+    )]
+    Unheard {
+        /// Whose.
+        generation: Generation,
     },
     /// Receipts do not follow each other: a defect of this program.
     #[error("the receipt of step {wanted} never came, that of step {found} did")]

@@ -165,6 +165,14 @@ impl Recorder {
         self.missing.filter(|_| !asked)
     }
 
+    /// Whether all is there that is known of.
+    ///
+    /// # Errors
+    /// [`LedgerError::Unheard`].
+    pub fn is_whole(&self) -> Result<(), LedgerError> {
+        self.missing.map_or(Ok(()), |generation| Err(LedgerError::Unheard { generation }))
+    }
+
     /// Time has passed, or the run ends: what there is should be written.
     pub fn flush(&mut self) {
         self.due = true;
@@ -292,6 +300,7 @@ mod tests {
         // Where it opens is lost first.
         recorder.add(Generation(3), receipt(1));
         assert_eq!((recorder.wanted(), recorder.wanted()), (Some(Generation(3)), None));
+        assert!(matches!(recorder.is_whole(), Err(LedgerError::Unheard { .. })));
         recorder.flush();
         assert_eq!(recorder.wanted(), Some(Generation(3)), "it is asked again");
         recorder.open(Generation(3), Step(2), carried(2)).unwrap();
@@ -305,6 +314,7 @@ mod tests {
         recorder.add(Generation(3), receipt(6));
         recorder.flush();
         assert_eq!(recorder.wanted(), None, "nothing is missing");
+        recorder.is_whole().unwrap();
         let (object, _) = written(&mut recorder).unwrap();
         assert_eq!(object.receipts().collect::<Vec<_>>(), (0..7).map(receipt).collect::<Vec<_>>());
         // What nobody has any more.

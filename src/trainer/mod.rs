@@ -167,8 +167,9 @@ fn train(
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = started.elapsed().as_secs_f64().max(1e-9);
         report(t, &loss, &tail, &counts, took, waited / took)?;
-        if t.world.0 > 1 {
-            t.pace.step(started.elapsed(), &t.config.recovery)?;
+        if t.world.0 > 1 && t.step.0 <= pace::RUN_STEPS {
+            let own = started.elapsed().saturating_sub(trace.spent(Phase::DataWait));
+            t.pace.step(own, &t.config.recovery)?;
         }
         if t.validates_here() {
             validate::validate(t, orders)?;
@@ -182,6 +183,8 @@ fn train(
         }
     }
     t.flush()?;
+    // A step that was lost on the way is missed only when a later one comes: now none does.
+    emit(&TrainerEvent::Ready { step: t.step, restored: false, ledger: t.attestation()? });
     persist::final_report(t, orders)?;
     Ok(EXIT_DONE)
 }

@@ -1,7 +1,8 @@
 //! Whether steps are quick enough for the waits that `recovery.target_s` allows. Pure.
 //!
 //! A collective gives up after a time that the target says. If steps take nearly as long, it would end generations that
-//! are well, one after the other: better to say so, with the figure, after the first few.
+//! are well, one after the other: better to say so, with the figure, after a run's first few. Later a run is never ended for
+//! being slow: that may pass.
 
 use std::time::Duration;
 
@@ -10,6 +11,8 @@ use crate::config::Recovery;
 
 /// Steps that are measured, after a first one that also warms up.
 const STEPS: usize = 7;
+/// Steps of a run after which nobody is refused.
+pub(super) const RUN_STEPS: u64 = STEPS as u64 + 1;
 /// A wait is at least so many times the usual step.
 const MARGIN: u32 = 3;
 

@@ -12,12 +12,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
-use super::completion::nothing_left;
+use super::completion::{is_over, nothing_left};
 use crate::config::Recovery;
 use crate::kv::KvServer;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
-use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
+use crate::proto::{Assignment, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
 use crate::telemetry::probe::{Sign, Signs};
 use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
@@ -76,15 +76,14 @@ pub async fn run_agent(
 ) -> std::io::Result<i32> {
     tokio::pin!(stop);
     // Its name may not resolve before it is there, and then no route to it is known either.
-    let (connecting, over) = (connect(&options.coordinator), nothing_left(&options.run));
-    let patience = tokio::time::sleep(options.patience);
+    let (connecting, patience) =
+        (connect(&options.coordinator), tokio::time::sleep(options.patience));
     let mut alive = tokio::time::interval(HEARTBEAT);
-    tokio::pin!(connecting, over, patience);
+    tokio::pin!(connecting, patience);
     let client = loop {
         tokio::select! {
             client = &mut connecting => break client,
-            status = &mut over => return Ok(status),
-            () = &mut patience => return Ok(given_up(options)),
+            () = &mut patience => return Ok(never_reached(options).await),
             _ = alive.tick() => options.signs.give(Sign::Alive),
         }
     };
@@ -137,6 +136,17 @@ async fn connect(address: &str) -> Client {
             }
         }
     }
+}
+
+/// The exit status of an agent that has found no coordinator at all: 0 if the run is complete, else 1, which a platform
+/// counts: a coordinator that cannot start will not come.
+async fn never_reached(options: &AgentOptions) -> i32 {
+    if is_over(&options.run).await {
+        tracing::info!("the run is complete");
+        return EXIT_DONE;
+    }
+    given_up(options);
+    EXIT_FAILED
 }
 
 fn given_up(options: &AgentOptions) -> i32 {

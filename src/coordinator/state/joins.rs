@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::events::{Effect, Now, Running};
-use super::super::members::{Member, Trainer};
+use super::super::members::{FRONT, Member, Trainer};
 use super::super::verdict::{Cause, CauseKind, Part};
 use super::{Phase, State};
-use crate::types::NodeId;
+use crate::types::{NodeId, Rank};
 
 impl State {
     pub(super) fn joined(
@@ -37,7 +37,13 @@ impl State {
             let same = before.incarnation == member.incarnation;
             if same && in_place(&self.phase, self.generation) {
                 // Its connection was made anew; its trainer has not noticed.
-                self.members.insert(node, member);
+                self.members.insert(node, Member { done: Some(FRONT), ..member });
+                let leads = matches!(&self.phase, Phase::Training { ranks, .. }
+                    if ranks.get(&node) == Some(&Rank(0)));
+                if leads {
+                    // What it said in between may be lost.
+                    self.attest(self.generation, effects);
+                }
                 return;
             }
             let kind = if same { CauseKind::AgentLost } else { CauseKind::AgentReplaced };
@@ -75,6 +81,9 @@ impl State {
             }
             return;
         }
+        if running.generation > self.generation && !running.stranded {
+            self.newer_lives(now, node, running, effects);
+        }
         let Phase::Adopting { world, ranks, .. } = &mut self.phase else { return };
         if running.stranded || running.generation != self.generation || running.world != *world {
             let why = format!("node {node} has left its generation");
@@ -90,6 +99,11 @@ impl State {
         effects.push(Effect::Note(format!(
             "took over {world} workers in the midst of training: nothing was interrupted"
         )));
+        for node in ranks.keys() {
+            if let Some(member) = self.members.get_mut(node) {
+                member.done = Some(FRONT);
+            }
+        }
         self.account.mark(now, Part::Training);
         self.last_progress = now;
         self.longest_silence = None;
@@ -97,6 +111,33 @@ impl State {
         self.attest(self.generation, effects);
         if let Some(reason) = self.stop.take() {
             self.stop_requested(now, reason, effects);
+        }
+    }
+
+    /// A generation lives that is newer than the one that is being taken over, or has been: those of the older one were cut
+    /// off from it.
+    fn newer_lives(
+        &mut self,
+        now: Now,
+        node: NodeId,
+        running: &Running,
+        effects: &mut Vec<Effect>,
+    ) {
+        match &self.phase {
+            Phase::Adopting { since, ranks, .. } => {
+                let generation = self.generation;
+                effects.extend(ranks.keys().map(|&node| Effect::Leave { node, generation }));
+                let (since, world) = (*since, running.world);
+                self.generation = running.generation;
+                self.phase = Phase::Adopting { since, world, ranks: BTreeMap::new() };
+            }
+            Phase::Training { stopping: None, .. } => {
+                let generation = running.generation;
+                effects.push(Effect::Leave { node, generation });
+                let why = format!("node {node} is in a newer generation, {generation}");
+                self.lose_generation(now, Cause::of_all(CauseKind::NotAdopted, why), effects);
+            }
+            _ => {}
         }
     }
 

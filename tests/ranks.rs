@@ -73,15 +73,17 @@ fn losses_of_uneven_ranks_are_those_of_the_whole_batch() {
     // Samples 0..3 are labelled, 3..6 are not. Rank 0: 0, 1, 3; rank 1: 2, 4, 5.
     let parts: [(&[i64], i64, i64); 2] = [(&[0, 1, 3], 0, 2), (&[2, 4, 5], 2, 1)];
     let labels = Tensor::randint(4, [3, 32, 32], (Kind::Uint8, Device::Cpu));
+    // Drawn once: other tests draw from the same generator meanwhile.
+    let logits = logits(6);
     for path in [Path::Auto, Path::Plain] {
         let objective = Objective { path, ..Objective::default() };
         let counts = Counts { world: 1, labelled: 3, samples: 6 };
-        let all = outputs(&logits(6), &Tensor::arange(6, (Kind::Int64, Device::Cpu)));
+        let all = outputs(&logits, &Tensor::arange(6, (Kind::Int64, Device::Cpu)));
         let whole = objective.step(&all, &labels, &WEIGHTS, &counts, &Alone).unwrap();
         let two = Two::new();
         let threads = parts.map(|(samples, first, n)| {
             let (two, labels) = (Arc::clone(&two), labels.narrow(0, first, n));
-            let out = outputs(&logits(6), &Tensor::from_slice(samples));
+            let out = outputs(&logits, &Tensor::from_slice(samples));
             std::thread::spawn(move || {
                 let counts = Counts { world: 2, ..counts };
                 objective.step(&out, &labels, &WEIGHTS, &counts, two.as_ref()).unwrap()

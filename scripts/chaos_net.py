@@ -157,8 +157,9 @@ class Cluster:
         return not left
 
     def audit(self, steps):
-        for arguments in (["audit", self.local, "--json"], ["checkpoints", "verify", self.local]):
-            done = subprocess.run([self.place.cpcr, *arguments], capture_output=True, text=True, timeout=RUN_S_MAX)
+        for arguments in (["audit", self.url, "--json"], ["checkpoints", "verify", self.url]):
+            command = ["ip", "netns", "exec", self.network.host(COORDINATOR), self.place.cpcr, *arguments]
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=RUN_S_MAX)
             if done.returncode != 0:
                 raise Violation(f"cpcr {arguments[0]}: status {done.returncode}: {done.stderr.strip()}")
             if arguments[0] == "audit" and f'"steps":{steps}' not in done.stdout.replace(" ", ""):

@@ -108,16 +108,18 @@ pub async fn read(store: &Store) -> Result<Option<RunConfig>, Failure> {
     config::load(&ConfigSource::Text(text), &[]).map(Some).map_err(Failure::usage)
 }
 
-/// Whether the run has nothing left to do, which the user is told. Its last checkpoint is read for that.
+/// Whether the run has nothing left to do, which the user is told. Where that is said, the last checkpoint is read.
 ///
 /// # Errors
 /// [`Failure`] where the store does not answer.
 pub async fn says_complete(store: &Store, config: &RunConfig) -> Result<bool, Failure> {
     let steps = Step(config.train.iterations);
-    let told = ledger::is_complete(store, steps).await.map_err(Failure::failed)?;
+    if !ledger::is_complete(store, steps).await.map_err(Failure::failed)? {
+        return Ok(false);
+    }
     // Without the last checkpoint, or with a damaged one, there is something to do.
     let newest = checkpoint::latest(store).await.map_err(Failure::failed)?;
-    let complete = told && newest.is_some_and(|newest| newest.step >= steps);
+    let complete = newest.is_some_and(|newest| newest.step >= steps);
     if complete {
         tell(&format!("complete already: {store} has all its {steps} steps (train.iterations)"));
     }

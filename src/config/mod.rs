@@ -160,6 +160,12 @@ impl RunConfig {
         if !(0.0..1.0).contains(&self.loss.ema_decay) {
             return fail("loss.ema_decay", self.loss.ema_decay.to_string(), "a number in [0, 1)");
         }
+        self.validate_checkpoint()?;
+        self.validate_recovery()?;
+        self.validate_loader()
+    }
+
+    fn validate_checkpoint(&self) -> Result<(), ConfigError> {
         if self.validate.every == 0 || self.checkpoint.every == 0 {
             return fail("validate.every, checkpoint.every", "0".to_owned(), "at least 1 (steps)");
         }
@@ -176,8 +182,7 @@ impl RunConfig {
                 format!("a multiple of checkpoint.every, {every}, or no checkpoint is made there");
             return fail("checkpoint.keep_every", landmark.to_string(), &why);
         }
-        self.validate_recovery()?;
-        self.validate_loader()
+        Ok(())
     }
 
     fn validate_recovery(&self) -> Result<(), ConfigError> {

@@ -159,6 +159,7 @@ mod tests {
         let error =
             |pair: &str| load(&ConfigSource::Defaults, &[pair.to_owned()]).unwrap_err().to_string();
         assert!(error("patch_size=100").contains("patch_size = 100"));
+        assert!(error("checkpoint.keep_every=70").contains("a multiple of checkpoint.every, 500"));
         assert!(error("train.iterations=soon").contains("iterations"));
         assert!(error("nonsense").contains("KEY=VALUE"));
         let missing = load(&ConfigSource::Named("no/such.toml".to_owned()), &[]).unwrap_err();

@@ -9,6 +9,7 @@ where A hears B and B does not hear A. Linux, `ip`, the standard library only.
 import os
 import pathlib
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -46,19 +47,25 @@ class Network:
     """Hosts around a router."""
 
     def __init__(self, count):
-        self.prefix, self.count, self.cuts = f"cpcr{os.getpid()}", count, set()
+        self.prefix, self.count, self.cuts = f"cpcr{os.getpid()}", 0, set()
         self.router = f"{self.prefix}r"
         ip("netns", "add", self.router)
         subprocess.run(["ip", "netns", "exec", self.router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"], check=True)
-        for n in range(count):
-            ip("netns", "add", self.host(n))
-            ip("link", "add", f"v{n}", "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", self.host(n))
-            ip("-n", self.router, "addr", "add", f"10.77.{n}.1/30", "dev", f"v{n}")
-            ip("-n", self.router, "link", "set", f"v{n}", "up")
-            ip("-n", self.host(n), "addr", "add", f"{address(n)}/30", "dev", "eth0")
-            ip("-n", self.host(n), "link", "set", "eth0", "up")
-            ip("-n", self.host(n), "link", "set", "lo", "up")
-            ip("-n", self.host(n), "route", "add", "default", "via", f"10.77.{n}.1")
+        for _ in range(count):
+            self.add()
+
+    def add(self):
+        """One more host; its number."""
+        n, self.count = self.count, self.count + 1
+        ip("netns", "add", self.host(n))
+        ip("link", "add", f"v{n}", "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", self.host(n))
+        ip("-n", self.router, "addr", "add", f"10.77.{n}.1/30", "dev", f"v{n}")
+        ip("-n", self.router, "link", "set", f"v{n}", "up")
+        ip("-n", self.host(n), "addr", "add", f"{address(n)}/30", "dev", "eth0")
+        ip("-n", self.host(n), "link", "set", "eth0", "up")
+        ip("-n", self.host(n), "link", "set", "lo", "up")
+        ip("-n", self.host(n), "route", "add", "default", "via", f"10.77.{n}.1")
+        return n
 
     def host(self, n):
         return f"{self.prefix}h{n}"
@@ -93,7 +100,8 @@ class Cluster:
         bucket = f"chaos-{os.getpid()}"  # processes are known by their command lines: no other campaign's
         self.url, self.data, self.local = f"s3://{bucket}/run", f"s3://{bucket}/data", self.folder / "s3" / bucket / "run"
         shutil.copytree(place.data, self.folder / "s3" / bucket / "data")
-        self.environment = dict(os.environ, AWS_ENDPOINT=f"http://{address(STORE)}:9000", **KEYS)
+        self.environment = dict(os.environ, AWS_ENDPOINT=f"https://{address(STORE)}:9000", CPCR_JOIN_TOKEN=secrets.token_hex(32),
+                                **KEYS)
         self.network = Network(WORKERS + workers)
         self.ending, self.statuses, self.lives = False, {}, {}
         self.server = self.spawn(STORE, [place.cpcr, "s3", "--dir", self.folder / "s3", "--listen", f"{address(STORE)}:9000"])

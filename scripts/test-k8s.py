@@ -1,8 +1,8 @@
 """Checks the manifests in k8s/ without a cluster, as they are and as `kubectl kustomize` renders the overlays.
 
 Each is valid, strictly, by the API schemas of every Kubernetes from 1.29 on that kubernetes-validate carries, and the
-promises that other files make about them hold. Run by scripts/test.sh with the peers' Python. Where there is no kubectl
-the overlays are not rendered, which is said. What it is not: a cluster.
+promises that other files make about them hold. Run by scripts/test.sh with the peers' Python; with arguments, for what
+`cpcr-launch --on k8s` printed into those files. Where there is no kubectl the overlays are not rendered, which is said. What it is not: a cluster.
 """
 
 import pathlib
@@ -76,6 +76,18 @@ def check_pod(name, pod):
         check(f"{name}: something to write to", any(m["mountPath"] == "/tmp" for m in container["volumeMounts"]))
 
 
+def check_secrets(name, documents):
+    """They come from the one Secret that is made by hand; no manifest holds any."""
+    check(f"{name}: no Secret among the manifests", all(document["kind"] != "Secret" for document in documents))
+    pods = [d["spec"]["template"]["spec"] for d in documents if d["kind"] in ("Job", "Deployment")]
+    for container in (container for pod in pods for container in pod["containers"]):
+        check(f"{name}: the Secret `cpcr` is asked for, so that a pod without a join token says so",
+              container["envFrom"] == [{"secretRef": {"name": "cpcr"}}])
+        named = [env["name"] for env in container.get("env", [])] + container["args"]
+        check(f"{name}: no secret in a manifest",
+              not any(word in text.upper() for text in named for word in ("TOKEN", "SECRET", "ACCESS_KEY", "PASSWORD")))
+
+
 def check_job(name, job, service):
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     check_pod(name, pod)
@@ -96,6 +108,7 @@ def check_all(name, documents):
     for document in documents:
         check_schema(name, document)
         by_kind.setdefault(document["kind"], {})[document["metadata"]["name"]] = document
+    check_secrets(name, documents)
     service = by_kind["Service"]["cpcr"]
     check(f"{name}: the Service is headless", service["spec"]["clusterIP"] == "None")
     check(f"{name}: the Service publishes pods before they are ready", service["spec"]["publishNotReadyAddresses"] is True)
@@ -120,19 +133,41 @@ def check_all(name, documents):
     check(f"{name}: the workers' Job is indexed and elastic", worker["spec"]["completionMode"] == "Indexed"
           and worker["spec"]["completions"] == worker["spec"]["parallelism"])
     pod = coordinator["spec"]["template"]["spec"]
-    nodes = next(a for a in pod["containers"][0]["args"] if a.startswith("--nodes="))
-    check(f"{name}: as many workers as the coordinator takes", nodes.split(":")[-1] == str(worker["spec"]["completions"]))
+    flags = dict(a.split("=", 1) for a in pod["containers"][0]["args"] if "=" in a)
+    taken = int(flags["--nodes"].split(":")[-1]) + int(flags.get("--spares", 0))
+    check(f"{name}: as many workers as the coordinator takes", taken == worker["spec"]["completions"])
     port = service["spec"]["ports"][0]["port"]
     address = f"--coordinator={pod['hostname']}.{pod['subdomain']}:{port}"
     check(f"{name}: the workers ask where the coordinator is", address in worker["spec"]["template"]["spec"]["containers"][0]["args"])
     check(f"{name}: the workers have shared memory", any(
         volume.get("emptyDir", {}).get("medium") == "Memory" for volume in worker["spec"]["template"]["spec"]["volumes"]))
     maps = by_kind["ConfigMap"]["cpcr"]["data"]
-    keys = [env["valueFrom"]["configMapKeyRef"]["key"] for env in pod["containers"][0]["env"]]
+    keys = [env["valueFrom"]["configMapKeyRef"]["key"] for env in pod["containers"][0]["env"] if "valueFrom" in env]
     check(f"{name}: the ConfigMap has the keys that are asked for", set(keys) <= set(maps) and "config.toml" in maps)
     gpus = worker["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
     images = {c["image"].rsplit("-", 1)[1] for t in templates for c in t["spec"]["containers"]}
     check(f"{name}: images and GPUs go together", images == ({"cuda"} if gpus else {"cpu"}))
+
+
+def jobs_of(jobset):
+    """The Jobs that a JobSet's controller makes of it, named as the base names them."""
+    check("jobset: Kueue's label", "kueue.x-k8s.io/queue-name" in jobset["metadata"]["labels"])
+    check("jobset: removed when it has finished", jobset["spec"]["ttlSecondsAfterFinished"] > 0)
+    for replicated in jobset["spec"]["replicatedJobs"]:
+        check(f"jobset: one {replicated['name']} Job", replicated["replicas"] == 1)
+        component = {"app.kubernetes.io/name": "cpcr", "app.kubernetes.io/component": replicated["name"]}
+        yield {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"cpcr-{replicated['name']}", "labels": component},
+               "spec": {**replicated["template"]["spec"], "ttlSecondsAfterFinished": jobset["spec"]["ttlSecondsAfterFinished"]}}
+
+
+def check_jobset(documents):
+    """There is no schema of it here: what it makes is checked, and is what the base is."""
+    (jobset,) = [d for d in documents if d["kind"] == "JobSet"]
+    check("jobset: instead of the Jobs", all(d["kind"] != "Job" for d in documents))
+    documents = [d for d in documents if d["kind"] != "JobSet"] + list(jobs_of(jobset))
+    check_all("overlays/jobset", documents)
+    by_name = lambda documents: sorted(documents, key=lambda d: (d["kind"], d["metadata"]["name"]))
+    check("jobset: its pods are the base's, to the letter", by_name(documents) == by_name(documents_of((FOLDER / "job.yaml").read_text())))
 
 
 def documents_of(text):
@@ -140,13 +175,20 @@ def documents_of(text):
 
 
 check("there are schemas", len(versions()) >= 5)
-check_all("job.yaml", documents_of((FOLDER / "job.yaml").read_text()))
-if shutil.which("kubectl"):
+files = [pathlib.Path(path) for path in sys.argv[1:]]
+for path in files or [FOLDER / "job.yaml"]:
+    check_all(path.name, documents_of(path.read_text()))
+if files:
+    pass  # those alone
+elif shutil.which("kubectl"):
     for folder in ("base", "overlays/cpu", "overlays/trial"):
         done = subprocess.run(["kubectl", "kustomize", FOLDER / folder], capture_output=True, text=True)
         check(f"{folder}: {done.stderr.strip()}", done.returncode == 0)
         if done.returncode == 0:
             check_all(folder, documents_of(done.stdout))
+    done = subprocess.run(["kubectl", "kustomize", FOLDER / "overlays/jobset"], capture_output=True, text=True)
+    check(f"overlays/jobset: {done.stderr.strip()}", done.returncode == 0)
+    check_jobset(documents_of(done.stdout))
 else:
     print("skipped: k8s overlays: no kubectl here to render them", file=sys.stderr)
 for failure in failures:

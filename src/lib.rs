@@ -13,6 +13,8 @@ pub mod config;
 
 pub mod telemetry;
 
+pub mod trust;
+
 pub mod proto;
 
 pub mod store;

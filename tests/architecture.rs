@@ -13,6 +13,7 @@ const ORDER: &[&str] = &[
     "types",
     "config",
     "telemetry",
+    "trust",
     "proto",
     "store",
     "data",

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use cpcr::collective::{CollectiveError, ProcessGroup, ReduceOp, Reducer, Rendezvous};
 use cpcr::kv::KvServer;
+use cpcr::trust::{JoinToken, Trust};
 use cpcr::types::{Rank, WorldSize};
 use tch::{Device, Kind, Tensor};
 
@@ -59,6 +60,7 @@ impl Backend for Nccl {
 /// A key-value service on a runtime of its own, as an agent has it.
 struct Meeting {
     server: KvServer,
+    trust: Trust,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -69,13 +71,16 @@ impl Meeting {
             .enable_all()
             .build()
             .unwrap();
-        let server = runtime.block_on(KvServer::bind(SocketAddr::new(LOOPBACK, 0))).unwrap();
-        Self { server, _runtime: runtime }
+        let trust = Trust::holding(&JoinToken::random().unwrap()).unwrap();
+        let server =
+            runtime.block_on(KvServer::bind(SocketAddr::new(LOOPBACK, 0), trust.clone())).unwrap();
+        Self { server, trust, _runtime: runtime }
     }
 
     fn rendezvous(&self, prefix: &str, rank: u32, world: u32, timeout: Duration) -> Rendezvous {
         Rendezvous {
             store_addr: self.server.local_addr(),
+            trust: self.trust.clone(),
             prefix: prefix.to_owned(),
             rank: Rank(rank),
             world: WorldSize(world),

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use super::{cpu_seconds, peak_rss_mib};
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
+use crate::trust::{JoinToken, TOKEN_VARIABLE, Trust, TrustError};
 
 /// How often a member gives a sign of life: as an agent does.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -33,6 +34,9 @@ pub enum CoordinatorBenchError {
         /// The cause.
         source: std::io::Error,
     },
+    /// No token can be made.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The coordinator did not do what it should.
     #[error("{0}")]
     Coordinator(String),
@@ -63,13 +67,15 @@ pub async fn run(
     run: &Path,
     (members, seconds): (u32, u64),
 ) -> Result<CoordinatorReport, CoordinatorBenchError> {
-    let (child, address) = start(program, data, run, members).await?;
+    let token = JoinToken::random()?;
+    let trust = Trust::holding(&token)?;
+    let (child, address) = start(program, &token, (data, run), members).await?;
     let pid = child.id().map(|pid| pid.to_string()).unwrap_or_default();
     let began = Instant::now();
     let (told, mut places) = mpsc::channel(members as usize);
     let mut lives = JoinSet::new();
     for node in 0..members {
-        lives.spawn(member(address.clone(), node, told.clone()));
+        lives.spawn(member((trust.clone(), address.clone()), node, told.clone()));
     }
     let all = async {
         for _ in 0..members {
@@ -99,8 +105,8 @@ pub async fn run(
 /// A coordinator for `members`, and where it listens. It ends with its [`Child`].
 async fn start(
     program: &Path,
-    data: &Path,
-    run: &Path,
+    token: &JoinToken,
+    (data, run): (&Path, &Path),
     members: u32,
 ) -> Result<(Child, String), CoordinatorBenchError> {
     let io = |what| move |source| CoordinatorBenchError::Io { what, source };
@@ -112,6 +118,7 @@ async fn start(
         .arg(data)
         .arg("--run")
         .arg(run)
+        .env(TOKEN_VARIABLE, token.expose())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -131,11 +138,11 @@ async fn start(
 
 /// A member's life: its hello, then signs of life, until its stream ends.
 async fn member(
-    address: String,
+    (trust, address): (Trust, String),
     node: u32,
     told: mpsc::Sender<()>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut client = CoordinatorClient::connect(format!("http://{address}")).await?;
+    let mut client = CoordinatorClient::new(trust.channel(&address).await?);
     let hello = wire::Hello {
         node,
         incarnation: node.to_string(),

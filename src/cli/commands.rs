@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command as Process;
-use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
@@ -12,26 +11,16 @@ use serde::Serialize;
 use super::bench::{self, DataArguments};
 use super::compare::{self, CompareArguments};
 use super::data::{self, Data};
-use super::run::{self, BackendArgument, NodeRange, Resume};
-use super::{Failure, audit, doctor, gpus, sibling, threads_each};
+use super::serve::{self, CoordinatorArguments, WorkerArguments};
+use super::{Failure, audit, doctor, sibling};
 use crate::checkpoint;
-use crate::config::{self, ConfigSource};
-use crate::coordinator::{LedgerPlace, events::Limits, service};
 use crate::proto::{EXIT_DONE, EXIT_FAILED};
 use crate::store::{
-    FaultPlan, FaultProxy, InjectedFault, S3ServerOptions, Store, StoreOptions, serve,
+    FaultPlan, FaultProxy, InjectedFault, S3ServerError, S3ServerOptions, Store, StoreOptions,
+    serve,
 };
-use crate::telemetry::probe::{self, Sign, Signs};
-use crate::types::{NodeId, Step};
-use crate::worker::{AgentOptions, ChildOptions, PARENT_VARIABLE, run_agent};
-
-/// Longest silence of trainers that start: a checkpoint comes from far away.
-const START: Duration = Duration::from_secs(180);
-/// Longest silence of trainers that have begun, unless their steps are slow: more than the outage of a
-/// store that they ride out (75 s, and a write's last request of 30).
-const PROGRESS: Duration = Duration::from_secs(120);
-/// How long after a group broke the coordinator waits for the cause to show, before it goes on without knowing it.
-const GRACE: Duration = Duration::from_secs(2);
+use crate::telemetry::probe::{self, Sign};
+use crate::worker::PARENT_VARIABLE;
 
 /// Semi-supervised medical segmentation over many workers; `cpcr-launch` runs it all.
 #[derive(Debug, Parser)]
@@ -44,7 +33,7 @@ pub struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serves a run: members, generations, the end. Prints its address.
-    Coordinator(CoordinatorArguments),
+    Coordinator(Box<CoordinatorArguments>),
     /// Serves one node: starts and watches its trainer.
     Worker(WorkerArguments),
     /// The embedded S3 server. Prints its address.
@@ -138,81 +127,16 @@ enum Bench {
 }
 
 #[derive(Debug, clap::Args)]
-struct CoordinatorArguments {
-    /// Where to listen.
-    #[arg(long, default_value = "127.0.0.1:0")]
-    listen: SocketAddr,
-    /// How many workers: N, or MIN:MAX for a run that goes on with any number in between.
-    #[arg(long, value_name = "N|MIN:MAX")]
-    nodes: NodeRange,
-    /// Workers beyond that, which wait to take a place.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
-    spares: u32,
-    /// The run's folder.
-    #[arg(long)]
-    run: String,
-    /// A preset or a TOML file for a run that starts here; without it RUN/config.toml counts.
-    #[arg(long)]
-    config: Option<String>,
-    /// One configuration key, e.g. `train.iterations=100`; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE", requires = "config")]
-    set: Vec<String>,
-    /// The dataset's folder.
-    #[arg(long, value_name = "URL", requires = "config")]
-    data: Option<String>,
-    /// `auto` goes on from the newest checkpoint; `never` refuses a folder that has one.
-    #[arg(long, default_value = "auto", value_enum)]
-    resume: Resume,
-    /// Which collectives; `auto` takes NCCL if every trainer has a GPU of its own, else Gloo.
-    #[arg(long, default_value = "auto", value_enum)]
-    backend: BackendArgument,
-    /// A folder for signs of life, for `cpcr probe`.
-    #[arg(long)]
-    state: Option<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-struct WorkerArguments {
-    /// The coordinator, HOST:PORT.
-    #[arg(long)]
-    coordinator: String,
-    /// Which node this is, 0 to N-1.
-    #[arg(long, env = "JOB_COMPLETION_INDEX")]
-    node: u32,
-    /// The run's folder.
-    #[arg(long)]
-    run: String,
-    /// Folder for the trainer's log.
-    #[arg(long, default_value = "logs")]
-    logs: PathBuf,
-    /// CPU threads for the trainer; default all.
-    #[arg(long)]
-    threads: Option<u32>,
-    /// GPUs that the trainer could use; default: as many as libtorch finds.
-    #[arg(long)]
-    gpus: Option<u32>,
-    /// How long the coordinator may be out of reach, in seconds.
-    #[arg(long, default_value_t = 20)]
-    patience_s: u64,
-    /// A folder for signs of life, for `cpcr probe`.
-    #[arg(long)]
-    state: Option<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
 struct S3Arguments {
     /// Buckets are the folders in here.
     #[arg(long)]
     dir: PathBuf,
-    /// Where to listen; loopback only, there is no TLS.
+    /// Where to listen. Plain HTTP on loopback; beyond it HTTPS, for holders of CPCR_JOIN_TOKEN.
     #[arg(long, default_value = "127.0.0.1:9000")]
     listen: SocketAddr,
-    /// The one user's name.
-    #[arg(long, env = "AWS_ACCESS_KEY_ID")]
+    /// The one user's name; the secret is AWS_SECRET_ACCESS_KEY's.
+    #[arg(long, env = "AWS_ACCESS_KEY_ID", hide_env_values = true)]
     access_key: String,
-    /// The one user's secret.
-    #[arg(long, env = "AWS_SECRET_ACCESS_KEY")]
-    secret_key: String,
     /// For rehearsals: the share of requests that go wrong, in all ways that requests do.
     #[arg(long, hide = true, default_value_t = 0.0)]
     faults: f64,
@@ -247,8 +171,8 @@ enum Checkpoints {
 /// [`Failure`]: one line and an exit status.
 pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
     match arguments.command {
-        Command::Coordinator(arguments) => coordinator(arguments).await,
-        Command::Worker(arguments) => worker(arguments).await,
+        Command::Coordinator(arguments) => serve::coordinator(*arguments).await,
+        Command::Worker(arguments) => serve::worker(arguments).await,
         Command::S3(arguments) => s3(arguments).await,
         Command::Data(command) => data::run(command).await,
         Command::Checkpoints(command) => checkpoints(command).await,
@@ -267,12 +191,6 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
     }
 }
 
-fn signs(folder: Option<PathBuf>) -> Result<Signs, Failure> {
-    let Some(folder) = folder else { return Ok(Signs::default()) };
-    Signs::in_folder(folder.clone())
-        .map_err(|error| Failure::usage(format!("--state {}: {error}", folder.display())))
-}
-
 fn probed(what: &str, folder: &Path) -> Result<i32, Failure> {
     let sign = if what == "alive" { Sign::Alive } else { Sign::Ready };
     probe::look(folder, sign).map(|()| EXIT_DONE).map_err(Failure::failed)
@@ -282,77 +200,18 @@ fn engine_bench(what: &str, rest: Vec<String>) -> Result<i32, Failure> {
     engine("bench", &std::iter::once(what.to_owned()).chain(rest).collect::<Vec<_>>())
 }
 
-/// Tells the parent where this process listens.
-fn announce(address: SocketAddr) -> Result<(), Failure> {
-    super::print(&format!("{address}\n"))
-}
-
-async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
-    let signs = signs(a.state)?;
-    let options = StoreOptions::default();
-    let config = match a.config {
-        None => run::configuration(&a.run, &options).await?,
-        Some(name) => {
-            let mut config =
-                config::load(&ConfigSource::Named(name), &a.set).map_err(Failure::usage)?;
-            config.data.url = a.data.as_deref().map(run::absolute).or(config.data.url);
-            run::prepare(config, &a.run, a.nodes.max, a.resume, &options).await?
-        }
-    };
-    let limits = Limits {
-        min: a.nodes.min,
-        max: a.nodes.max,
-        spares: a.spares,
-        backend: a.backend.chosen(),
-        restarts: config.recovery.restarts,
-        wait: Duration::from_secs(config.recovery.wait_s),
-        heartbeat: config.recovery.silence(),
-        start: START,
-        progress: PROGRESS,
-        grace: GRACE,
-        drain: Duration::from_secs(20),
-    };
-    let ledger = LedgerPlace {
-        run: Store::open(&a.run, &options).map_err(Failure::usage)?,
-        checkpoint_every: config.checkpoint.every,
-        steps: Step(config.train.iterations),
-    };
-    if run::says_complete(&ledger.run, &config).await? {
-        return Ok(EXIT_DONE);
-    }
-    let listener = tokio::net::TcpListener::bind(a.listen)
-        .await
-        .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
-    announce(listener.local_addr().map_err(Failure::failed)?)?;
-    let outcome = service::serve(listener, limits, ledger, signs, super::signals::interrupted())
-        .await
-        .map_err(Failure::failed)?;
-    tracing::info!(status = outcome.status, "{}", outcome.reason);
-    Ok(outcome.status)
-}
-
-async fn worker(a: WorkerArguments) -> Result<i32, Failure> {
-    let gpus = match a.gpus {
-        Some(gpus) => gpus,
-        None => u32::try_from(gpus::visible().await?.len()).unwrap_or(u32::MAX),
-    };
-    let options = AgentOptions {
-        coordinator: a.coordinator,
-        node: NodeId(a.node),
-        run: a.run,
-        threads: a.threads.unwrap_or_else(|| threads_each(1)),
-        gpus,
-        child: ChildOptions { engine: sibling("cpcr-engine")?, logs: a.logs },
-        patience: Duration::from_secs(a.patience_s),
-        signs: signs(a.state)?,
-    };
-    run_agent(&options, super::signals::interrupted()).await.map_err(Failure::failed)
-}
-
 async fn s3(a: S3Arguments) -> Result<i32, Failure> {
-    let mut options = S3ServerOptions::on_loopback(a.dir, a.access_key, a.secret_key);
+    // Not an argument: process lists show those to everybody.
+    let secret = std::env::var("AWS_SECRET_ACCESS_KEY").map_err(|error| {
+        Failure::usage(format!("AWS_SECRET_ACCESS_KEY, the one user's secret: {error}"))
+    })?;
+    let mut options = S3ServerOptions::on_loopback(a.dir, a.access_key, secret);
     options.listen = a.listen;
-    let server = serve(options).await.map_err(Failure::failed)?;
+    options.trust = serve::trust()?;
+    let server = serve(options).await.map_err(|error| match error {
+        S3ServerError::Trust(_) => Failure::usage(error),
+        _ => Failure::failed(error),
+    })?;
     let mut proxy = None;
     if a.faults > 0.0 {
         let each = a.faults / InjectedFault::ALL.len() as f64;
@@ -360,7 +219,7 @@ async fn s3(a: S3Arguments) -> Result<i32, Failure> {
         let plan = InjectedFault::ALL.into_iter().fold(plan, |plan, fault| plan.rate(fault, each));
         proxy = Some(FaultProxy::start(server.addr(), plan).await.map_err(Failure::failed)?);
     }
-    announce(proxy.as_ref().map_or(server.addr(), FaultProxy::addr))?;
+    serve::announce(proxy.as_ref().map_or(server.addr(), FaultProxy::addr))?;
     super::signals::interrupted().await;
     server.shutdown().await;
     Ok(EXIT_DONE)

@@ -5,53 +5,25 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Parser;
 use tokio::process::Child;
 
-use super::local::Family;
-use super::run::{self, BackendArgument, NodeRange, Resume, absolute};
-use super::{Failure, gpus, named, tell, threads_each};
+pub use super::launch_arguments::Arguments;
+use super::launch_arguments::Place;
+use super::local::{Agent, Family};
+use super::run::{self, BackendArgument, NodeRange, absolute};
+use super::ssh::SSH_FAILED;
+use super::view::{View, ask_to_stop, follow};
+use super::{Failure, named, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::coordinator::verdict::Goodput;
-use crate::proto::wire::coordinator_client::CoordinatorClient;
-use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
-use crate::proto::{Doing, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
+use crate::proto::wire::RunStatus;
+use crate::proto::{EXIT_DONE, EXIT_RESUMABLE};
 use crate::store::{Store, StoreOptions};
-use crate::telemetry::progress::RunStatus as Shown;
-use crate::telemetry::progress::{Outcome, Progress, ProgressState};
+use crate::telemetry::progress::{Outcome, Progress};
+use crate::trust::{JoinToken, TOKEN_VARIABLE, Trust};
 
 /// How long an agent may take to leave once the run has ended.
 const LINGER: std::time::Duration = std::time::Duration::from_secs(5);
-
-/// Trains on this machine: a coordinator, N agents, N trainers.
-#[derive(Debug, Parser)]
-#[command(name = "cpcr-launch", version)]
-pub struct Arguments {
-    /// How many workers: N, or MIN:MAX for a run that goes on with any number in between.
-    #[arg(long, default_value = "4", value_name = "N|MIN:MAX")]
-    nodes: NodeRange,
-    /// Workers beyond that, which wait to take a place.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=64))]
-    spares: u32,
-    /// A preset (demo, acdc-7, acdc-14, acdc-quick) or a TOML file.
-    #[arg(long)]
-    config: Option<String>,
-    /// One configuration key, e.g. `train.iterations=100`; may be repeated.
-    #[arg(long, value_name = "KEY=VALUE")]
-    set: Vec<String>,
-    /// The dataset's folder: s3://, gs://, az://, file:// or a path.
-    #[arg(long, value_name = "URL")]
-    data: Option<String>,
-    /// The run's folder; default ./runs/<config name>.
-    #[arg(long, value_name = "URL")]
-    run: Option<String>,
-    /// `auto` goes on from the newest checkpoint; `never` refuses a folder that has one.
-    #[arg(long, default_value = "auto", value_enum)]
-    resume: Resume,
-    /// Which collectives; `auto` takes NCCL if every trainer has a GPU of its own, else Gloo.
-    #[arg(long, default_value = "auto", value_enum)]
-    backend: BackendArgument,
-}
 
 /// A run, resolved.
 struct Plan {
@@ -61,12 +33,15 @@ struct Plan {
     backend: BackendArgument,
     /// GPUs of this machine, one for each agent as far as they go.
     gpus: Vec<String>,
+    /// Where the agents are, by node; here if there are none.
+    hosts: Vec<String>,
     run: String,
     family: Family,
     /// Where the report can be opened on this machine, if it can.
     report: Option<PathBuf>,
     /// The embedded S3 server of the demonstration.
     s3: Option<Child>,
+    trust: Trust,
 }
 
 /// Runs `cpcr-launch`; the result is the exit status.
@@ -74,17 +49,6 @@ struct Plan {
 /// # Errors
 /// [`Failure`]: one line and an exit status.
 pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
-    let gpus = match arguments.backend {
-        BackendArgument::Gloo => Vec::new(),
-        BackendArgument::Auto | BackendArgument::Nccl => gpus::visible().await?,
-    };
-    if arguments.backend == BackendArgument::Nccl && gpus.len() < arguments.nodes.max as usize {
-        return Err(Failure::usage(format!(
-            "--backend nccl: {} trainers want a GPU each, libtorch can use {}; see `cpcr doctor`",
-            arguments.nodes.max,
-            gpus.len()
-        )));
-    }
     let demonstration = arguments.config.is_none() && arguments.data.is_none();
     let source = match (&arguments.config, demonstration) {
         (Some(name), _) => ConfigSource::Named(name.clone()),
@@ -95,12 +59,18 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     if let Some(data) = &arguments.data {
         config.data.url = Some(absolute(data));
     }
+    let nodes = arguments.workers()?;
+    if arguments.on == Place::K8s {
+        return arguments.print_manifests(&config, nodes);
+    }
+    let gpus = arguments.gpus_here(nodes).await?;
     let mut plan = if demonstration && config.data.url.is_none() {
-        demonstrate(&arguments, config, gpus).await?
+        demonstrate(&arguments, config, (nodes, gpus)).await?
     } else {
-        plain(&arguments, config, gpus)
+        plain(&arguments, config, (nodes, gpus))
     };
     let options = options(&plan);
+    plan.trust = secure(&mut plan.family)?;
     plan.config =
         run::prepare(plan.config, &plan.run, plan.nodes.max, arguments.resume, &options).await?;
     let store = Store::open(&plan.run, &options).map_err(Failure::usage)?;
@@ -119,6 +89,20 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     Ok(status)
 }
 
+/// The run's token: the user's, else one of its own, so that nobody else on this machine gets in either.
+fn secure(family: &mut Family) -> Result<Trust, Failure> {
+    let token = match JoinToken::from_environment().map_err(Failure::usage)? {
+        // The children have the same environment.
+        Some(token) => token,
+        None => {
+            let token = JoinToken::random().map_err(Failure::failed)?;
+            family.environment.push((TOKEN_VARIABLE.to_owned(), token.expose().to_owned()));
+            token
+        }
+    };
+    Trust::holding(&token).map_err(Failure::usage)
+}
+
 fn local_folder(url: &str) -> Option<PathBuf> {
     match url.split_once("://") {
         None => Some(PathBuf::from(url)),
@@ -128,23 +112,44 @@ fn local_folder(url: &str) -> Option<PathBuf> {
 }
 
 /// A run on data of the user's own.
-fn plain(arguments: &Arguments, config: RunConfig, gpus: Vec<String>) -> Plan {
+fn plain(
+    arguments: &Arguments,
+    config: RunConfig,
+    (nodes, gpus): (NodeRange, Vec<String>),
+) -> Plan {
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let folder = local_folder(&run);
     let logs =
         folder.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.name)).join("logs");
     let report = folder.map(|folder| folder.join("report/index.html"));
     let family = Family { logs, environment: Vec::new() };
-    let Arguments { nodes, spares, backend, .. } = *arguments;
-    Plan { config, nodes, spares, backend, gpus, run, family, report, s3: None }
+    let Arguments { spares, backend, .. } = *arguments;
+    Plan {
+        config,
+        nodes,
+        spares,
+        backend,
+        gpus,
+        hosts: arguments.hosts.clone(),
+        run,
+        family,
+        report,
+        s3: None,
+        trust: Trust::loopback(),
+    }
 }
 
 /// The built-in demonstration: phantoms behind an S3 server whose bucket is in the run's folder.
 async fn demonstrate(
     arguments: &Arguments,
     mut config: RunConfig,
-    gpus: Vec<String>,
+    (nodes, gpus): (NodeRange, Vec<String>),
 ) -> Result<Plan, Failure> {
+    if !arguments.hosts.is_empty() {
+        return Err(Failure::usage(
+            "--hosts: give --data and --run, in folders that all hosts reach",
+        ));
+    }
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let Some(folder) = local_folder(&run) else {
         return Err(Failure::usage(format!(
@@ -166,8 +171,20 @@ async fn demonstrate(
     config.data.url = Some("s3://cpcr/data".to_owned());
     let report = Some(folder.join("bucket/cpcr/run/report/index.html"));
     let run = "s3://cpcr/run".to_owned();
-    let Arguments { nodes, spares, backend, .. } = *arguments;
-    let plan = Plan { config, nodes, spares, backend, gpus, run, family, report, s3: Some(s3) };
+    let Arguments { spares, backend, .. } = *arguments;
+    let plan = Plan {
+        config,
+        nodes,
+        spares,
+        backend,
+        gpus,
+        hosts: arguments.hosts.clone(),
+        run,
+        family,
+        report,
+        s3: Some(s3),
+        trust: Trust::loopback(),
+    };
     let data = Store::open("s3://cpcr/data", &options(&plan)).map_err(Failure::usage)?;
     run::phantoms(data).await?;
     Ok(plan)
@@ -191,7 +208,7 @@ struct Processes<'a> {
     plan: &'a Plan,
     coordinator: Child,
     address: SocketAddr,
-    agents: Vec<Option<Child>>,
+    agents: Vec<Option<Agent>>,
     restarts_left: u32,
 }
 
@@ -208,8 +225,16 @@ impl Processes<'_> {
         .to_vec()
     }
 
-    fn agent(&self, node: u32) -> Result<Child, Failure> {
+    async fn agent(&self, node: u32) -> Result<Agent, Failure> {
         let plan = self.plan;
+        if let Some(host) = plan.hosts.get(node as usize) {
+            let arguments = [
+                format!("--node={node}"),
+                format!("--run={}", plan.run),
+                format!("--logs=cpcr-logs/{}", plan.config.name),
+            ];
+            return plan.family.agent_on(host, node, self.address.port(), &arguments).await;
+        }
         let gpu = plan.gpus.get(node as usize);
         plan.family.agent(
             node,
@@ -269,13 +294,25 @@ impl Processes<'_> {
                 let family = &self.plan.family;
                 (self.coordinator, _) = family.server("coordinator.log", &arguments).await?;
             }
-            // It left in good order; the coordinator will say why.
-            Ended::Agent(node, Some(_)) => self.agents[node] = None,
-            Ended::Agent(node, None) => {
-                self.spend(&format!("the agent of node {node} died"))?;
-                progress.note(&format!("the agent of node {node} died; starting it again"));
+            Ended::Agent(node, status) => {
+                let host = self.plan.hosts.get(node);
+                let lost = status.is_none() || (host.is_some() && status == Some(SSH_FAILED));
+                if !lost {
+                    // It left in good order; the coordinator will say why.
+                    self.agents[node] = None;
+                    return Ok(None);
+                }
+                let what = match host {
+                    Some(host) => {
+                        let why = self.plan.family.last_line(&format!("agent-{node}.log"));
+                        format!("the agent of node {node} on {host} is lost ({why})")
+                    }
+                    None => format!("the agent of node {node} died"),
+                };
+                self.spend(&what)?;
+                progress.note(&format!("{what}; starting it again"));
                 let id = u32::try_from(node).unwrap_or(u32::MAX);
-                self.agents[node] = Some(self.agent(id)?);
+                self.agents[node] = Some(self.agent(id).await?);
             }
         }
         Ok(None)
@@ -306,19 +343,22 @@ impl Processes<'_> {
 
 /// From the first process to the last.
 async fn supervise(plan: &Plan) -> Result<i32, Failure> {
-    let arguments = Processes::coordinator_arguments(plan, "127.0.0.1:0");
+    let listen = if plan.hosts.is_empty() { "127.0.0.1:0" } else { "0.0.0.0:0" };
+    let arguments = Processes::coordinator_arguments(plan, listen);
     let (coordinator, address) = plan.family.server("coordinator.log", &arguments).await?;
     let restarts_left = plan.config.recovery.restarts;
     let mut processes = Processes { plan, coordinator, address, agents: Vec::new(), restarts_left };
     for node in 0..plan.nodes.max + plan.spares {
-        let child = processes.agent(node)?;
+        let child = processes.agent(node).await?;
         processes.agents.push(Some(child));
     }
     let terminal = std::io::stderr().is_terminal();
     let mut progress = Progress::new(plan.config.train.iterations, terminal);
     let mut shown = View::default();
     let (statuses, mut updates) = tokio::sync::watch::channel(RunStatus::default());
-    let watcher = tokio::spawn(follow(address, statuses));
+    // On all addresses is on this one.
+    let here = SocketAddr::from(([127, 0, 0, 1], address.port()));
+    let watcher = tokio::spawn(follow((plan.trust.clone(), here), statuses));
     let mut interrupted = Box::pin(super::signals::interrupted());
     let mut stopping = false;
     let status = loop {
@@ -338,7 +378,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
             signal = &mut interrupted, if !stopping => {
                 stopping = true;
                 progress.note(&format!("{signal}: writing a checkpoint, then stopping"));
-                ask_to_stop(address, signal).await;
+                ask_to_stop(&plan.trust, here, signal).await;
             }
         }
     };
@@ -371,88 +411,5 @@ fn finish(plan: &Plan, status: i32, shown: &View, progress: Progress) {
         for (name, dice) in &shown.dice {
             tell(&format!("  {name:<width$}  {dice:.4}", width = width.max(9)));
         }
-    }
-}
-
-async fn ask_to_stop(address: SocketAddr, reason: String) {
-    let asked = async {
-        let mut client = CoordinatorClient::connect(format!("http://{address}")).await.ok()?;
-        client.stop(StopRequest { reason }).await.ok()
-    };
-    if asked.await.is_none() {
-        tracing::warn!("the coordinator could not be asked to stop; its own signal will do");
-    }
-}
-
-/// Keeps the newest status at hand, through restarts of the coordinator.
-async fn follow(address: SocketAddr, statuses: tokio::sync::watch::Sender<RunStatus>) {
-    loop {
-        if let Ok(mut client) = CoordinatorClient::connect(format!("http://{address}")).await
-            && let Ok(stream) = client.watch(WatchRequest {}).await
-        {
-            let mut stream = stream.into_inner();
-            while let Ok(Some(status)) = stream.message().await {
-                statuses.send_replace(status);
-            }
-        }
-        // Nothing tells when a coordinator listens again: this is the poll.
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-    }
-}
-
-/// What the progress line shows.
-#[derive(Default)]
-struct View {
-    state: ProgressState,
-    notes: usize,
-    reason: String,
-    /// Where the time went, as JSON.
-    goodput: String,
-    /// The last validation's Dice by class, the mean last.
-    dice: Vec<(String, f64)>,
-}
-
-impl View {
-    fn show(&mut self, status: &RunStatus, progress: &mut Progress) {
-        if status.notes.len() < self.notes {
-            self.notes = 0; // another coordinator
-        }
-        for note in &status.notes[self.notes..] {
-            progress.note(note);
-        }
-        self.notes = status.notes.len();
-        self.reason.clone_from(&status.reason);
-        self.goodput.clone_from(&status.goodput);
-        let newest = serde_json::from_str(&status.progress);
-        if let Ok(TrainerEvent::Step { step, terms, images_per_s, .. }) = &newest {
-            self.state.step = step.0;
-            self.state.losses = terms.iter().map(|(name, value)| (name.clone(), *value)).collect();
-            // The sum of them comes first.
-            self.state.losses.sort_by_key(|(name, _)| name != "total");
-            self.state.images_per_s = *images_per_s;
-        }
-        if let Ok(TrainerEvent::Validation { dice, mean_dice, .. }) =
-            serde_json::from_str(&status.validation)
-        {
-            self.state.val_dice = Some(mean_dice);
-            self.dice = dice;
-            self.dice.push(("mean".to_owned(), mean_dice));
-        }
-        self.state.world = status.members;
-        self.state.status = match status.phase.as_str() {
-            "waiting for workers" => {
-                Shown::Waiting { present: status.members, wanted: status.wanted }
-            }
-            "training" if self.state.step == 0 => Shown::Starting,
-            "training" => match newest {
-                Ok(TrainerEvent::Busy { doing: Doing::Validating, .. }) => Shown::Validating,
-                Ok(TrainerEvent::Busy { doing: Doing::Saving, .. }) => Shown::Stopping,
-                _ => Shown::Training,
-            },
-            "stopping" => Shown::Stopping,
-            "recovering" => Shown::Recovering,
-            _ => self.state.status,
-        };
-        progress.update(&self.state);
     }
 }

@@ -8,26 +8,52 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, ChildStdin, Command};
 
-use super::{Failure, sibling};
+use super::{Failure, sibling, ssh};
 use crate::worker::PARENT_VARIABLE;
 
 /// Longest wait for a child's first line.
 const START: Duration = Duration::from_secs(10);
+
+/// An agent, or the ssh that leads to it.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    /// What keeps an agent on another host alive.
+    _input: Option<ChildStdin>,
+}
+
+impl Agent {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub async fn wait(&mut self) -> std::io::Result<std::process::ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    pub async fn kill(&mut self) -> std::io::Result<()> {
+        self.child.kill().await
+    }
+}
 
 /// What all children share.
 #[derive(Debug, Clone)]
 pub struct Family {
     /// Folder for logs.
     pub logs: PathBuf,
-    /// Environment for all of them: credentials and endpoint of the embedded S3 server.
+    /// Environment for all of them: credentials and endpoint of the embedded S3 server, the join token.
     pub environment: Vec<(String, String)>,
 }
 
 impl Family {
-    fn command(&self, binary: &str, log: &str) -> Result<Command, Failure> {
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>, log: &str) -> Result<Command, Failure> {
         std::fs::create_dir_all(&self.logs)
             .map_err(|e| Failure::failed(format!("{}: {e}", self.logs.display())))?;
         let path = self.logs.join(log);
@@ -36,7 +62,7 @@ impl Family {
             .append(true)
             .open(&path)
             .map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
-        let mut command = Command::new(sibling(binary)?);
+        let mut command = Command::new(program);
         command
             .envs(self.environment.iter().cloned())
             .env(PARENT_VARIABLE, std::process::id().to_string())
@@ -59,7 +85,7 @@ impl Family {
         log: &str,
         arguments: &[String],
     ) -> Result<(Child, SocketAddr), Failure> {
-        let mut command = self.command("cpcr", log)?;
+        let mut command = self.command(sibling("cpcr")?, log)?;
         let mut child =
             command.args(arguments).stdout(Stdio::piped()).spawn().map_err(Failure::failed)?;
         let stdout = child.stdout.take().ok_or_else(|| Failure::failed("no stdout"))?;
@@ -83,12 +109,39 @@ impl Family {
         node: u32,
         environment: &[(&str, &str)],
         arguments: &[String],
-    ) -> Result<Child, Failure> {
-        self.command("cpcr", &format!("agent-{node}.log"))?
+    ) -> Result<Agent, Failure> {
+        self.command(sibling("cpcr")?, &format!("agent-{node}.log"))?
             .envs(environment.iter().copied())
             .args(arguments)
             .spawn()
+            .map(|child| Agent { child, _input: None })
             .map_err(Failure::failed)
+    }
+
+    /// Starts an agent on another host, of the coordinator on `port` of this one; it ends when this process does.
+    ///
+    /// # Errors
+    /// When ssh cannot be started.
+    pub async fn agent_on(
+        &self,
+        host: &str,
+        node: u32,
+        port: u16,
+        arguments: &[String],
+    ) -> Result<Agent, Failure> {
+        let program = std::env::var_os(ssh::SSH_VARIABLE).unwrap_or_else(|| "ssh".into());
+        let failed = |error| Failure::failed(format!("{}: {error}", program.display()));
+        let mut child = self
+            .command(&program, &format!("agent-{node}.log"))?
+            .args(ssh::arguments(host, &sibling("cpcr")?, port, arguments))
+            .stdin(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let mut input = child.stdin.take().ok_or_else(|| Failure::failed("no stdin"))?;
+        let environment = std::env::vars().chain(self.environment.iter().cloned());
+        // One that has ended already is told by its status; the pipe holds more than this.
+        input.write_all(ssh::preamble(environment).as_bytes()).await.ok();
+        Ok(Agent { child, _input: Some(input) })
     }
 
     /// The last line of a log that is not empty.

@@ -12,10 +12,16 @@ pub mod doctor;
 pub mod gpus;
 pub mod import;
 pub mod launch;
+mod launch_arguments;
 pub mod local;
+mod manifests;
 mod meter;
 pub mod run;
+pub mod serve;
 pub mod signals;
+mod slurm;
+mod ssh;
+mod view;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -10,6 +10,7 @@ use super::error::CollectiveError;
 use crate::bridge::c10d::{self, ReduceOp};
 use crate::bridge::cuda;
 use crate::kv::KvClient;
+use crate::trust::Trust;
 use crate::types::{Rank, WorldSize};
 
 /// How long a drop waits for the engine to tidy up before it leaves that to a thread: with Gloo, one of whose threads may
@@ -22,6 +23,8 @@ const TIDY_NCCL: Duration = Duration::from_secs(5);
 pub struct Rendezvous {
     /// The generation's key-value service.
     pub store_addr: SocketAddr,
+    /// What is shown to it.
+    pub trust: Trust,
     /// Fresh for every group: keys of a dead generation must not be read again.
     pub prefix: String,
     /// This trainer's rank.
@@ -43,7 +46,7 @@ impl Rendezvous {
                 self.rank, self.world
             )));
         }
-        let client = KvClient::new(self.store_addr, self.timeout);
+        let client = KvClient::new(self.store_addr, self.timeout, self.trust.clone());
         Ok(c10d::Store::new(Arc::new(client), &self.prefix, self.timeout)?)
     }
 }

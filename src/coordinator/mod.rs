@@ -6,6 +6,8 @@
 
 mod chronicle;
 pub mod events;
+#[doc(hidden)]
+pub mod hear;
 mod members;
 mod outbound;
 mod records;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use futures::{Stream, StreamExt};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, WatchStream};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::chronicle::{ACCOUNT_EVERY, Chronicle};
@@ -28,6 +28,7 @@ use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use crate::proto::wire::{self, agent_message};
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE};
 use crate::telemetry::probe::{Sign, Signs};
+use crate::trust::{Purpose, Trust, TrustError};
 use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
 
 /// Inputs that may wait for the owner task.
@@ -63,6 +64,9 @@ pub enum ServiceError {
     /// The listening socket failed.
     #[error("the coordinator's socket failed: {0}")]
     Transport(#[from] tonic::transport::Error),
+    /// The address is open to others and there is no token: the user's to mend.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The task that owns the state ended without an outcome.
     #[error("the coordinator's task ended early")]
     Gone,
@@ -72,7 +76,7 @@ pub enum ServiceError {
 }
 
 /// What reaches the owner task.
-enum Input {
+pub(super) enum Input {
     Joined {
         connection: u64,
         hello: wire::Hello,
@@ -90,17 +94,18 @@ enum Input {
     Stop(String),
 }
 
-/// Serves a run until it ends, leaving `signs` of life. `stop` ends it in good order (75) when it resolves.
+/// Serves a run to those whom `trust` lets in until it ends, leaving `signs` of life. `stop` ends it in good order (75) when it resolves.
 ///
 /// # Errors
 /// [`ServiceError`] if the socket fails, or the ledger is not to be had.
 pub async fn serve(
-    listener: TcpListener,
+    (listener, trust): (TcpListener, Trust),
     limits: Limits,
     ledger: LedgerPlace,
     signs: Signs,
     stop: impl Future<Output = String> + Send + 'static,
 ) -> Result<Outcome, ServiceError> {
+    let incoming = trust.incoming(listener, Purpose::Control)?;
     let wanted = limits.max;
     let epoch = crate::store::unique_id();
     let chronicle = Chronicle::start(ledger.run.clone(), &epoch);
@@ -127,9 +132,8 @@ pub async fn serve(
         CoordinatorServer::new(Service { inputs, connections: AtomicU64::new(0), watched })
             .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+        .serve_with_incoming_shutdown(incoming, async {
             ended.await.ok();
         });
     let server = tokio::spawn(server);
@@ -233,7 +237,7 @@ async fn own(
 }
 
 /// What an input means to the state machine; nothing, if it is about a connection that another has replaced.
-fn event_of(
+pub(super) fn event_of(
     input: Input,
     agents: &mut BTreeMap<NodeId, Agent>,
     records: &Records,

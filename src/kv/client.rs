@@ -4,12 +4,13 @@
 //! holds up a set. Every call ends: by its timeout plus a grace for the network.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::protocol::{FRAME_BYTES_MAX, Reply, Request};
 use super::{KEY_BYTES_MAX, KEYS_PER_REQUEST_MAX, VALUE_BYTES_MAX};
+use crate::trust::{BlockingStream, Purpose, Trust};
 
 /// What the network may take beyond the wait itself.
 const GRACE: Duration = Duration::from_secs(5);
@@ -46,16 +47,18 @@ pub enum KvError {
 pub struct KvClient {
     address: SocketAddr,
     connect_timeout: Duration,
-    idle: Mutex<Vec<TcpStream>>,
+    trust: Trust,
+    idle: Mutex<Vec<BlockingStream>>,
 }
 
 impl KvClient {
     /// A client of the service at `address`; connects when first used.
     #[must_use]
-    pub fn new(address: SocketAddr, connect_timeout: Duration) -> Self {
+    pub fn new(address: SocketAddr, connect_timeout: Duration, trust: Trust) -> Self {
         Self {
             address,
             connect_timeout: connect_timeout.max(Duration::from_millis(1)),
+            trust,
             idle: Mutex::default(),
         }
     }
@@ -176,7 +179,7 @@ impl KvClient {
         KvError::Lost { address: self.address, source }
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<TcpStream>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<BlockingStream>> {
         // Nothing panics while it is held: pushes and pops only.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -197,17 +200,18 @@ impl KvClient {
         Ok(reply)
     }
 
-    fn connect(&self) -> io::Result<TcpStream> {
-        let stream = TcpStream::connect_timeout(&self.address, self.connect_timeout)?;
-        stream.set_nodelay(true)?;
-        stream.set_write_timeout(Some(GRACE))?;
+    fn connect(&self) -> io::Result<BlockingStream> {
+        let dialled = self.trust.dial_blocking(self.address, self.connect_timeout, Purpose::Keys);
+        let stream = dialled.map_err(io::Error::other)?;
+        stream.socket().set_write_timeout(Some(GRACE))?;
         Ok(stream)
     }
 }
 
-fn exchange(stream: &mut TcpStream, request: &Request, limit: Duration) -> io::Result<Reply> {
-    stream.set_read_timeout(Some(limit))?;
+fn exchange(stream: &mut BlockingStream, request: &Request, limit: Duration) -> io::Result<Reply> {
+    stream.socket().set_read_timeout(Some(limit))?;
     stream.write_all(&request.to_frame())?;
+    stream.flush()?;
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length) as usize;

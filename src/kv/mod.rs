@@ -4,8 +4,8 @@
 //! along; losing it ends that generation only. The agent runs the [`server`]; trainers use the
 //! [`client`] behind c10d's store. No torch here: the agent must not link libtorch.
 //!
-//! Not a database: nothing is kept on disk, and there is no authentication beyond the address
-//! and the prefix that the coordinator hands to members.
+//! Who connects holds the run's token ([`trust`](crate::trust)), or is on the same host. Not a database: nothing is kept on
+//! disk, and members are not told apart but by the prefix that the coordinator hands to them.
 
 pub mod client;
 mod memory;

@@ -8,14 +8,14 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::memory::{Memory, Woken};
 use super::protocol::{FRAME_BYTES_MAX, Reply, Request};
+use crate::trust::{Purpose, Stream, Trust};
 
 /// Connections at a time; one more waits to be accepted.
 const CONNECTIONS_MAX: usize = 4096;
@@ -44,15 +44,16 @@ impl std::fmt::Debug for SharedDebug {
 }
 
 impl KvServer {
-    /// Listens on `address` (port 0: any free one) and serves from a task of the current runtime.
+    /// Listens on `address` (port 0: any free one) and serves whom `trust` lets in, from a task of the current runtime.
     ///
     /// # Errors
-    /// When the address cannot be bound.
-    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+    /// When the address cannot be bound, or is not loopback and there is no token.
+    pub async fn bind(address: SocketAddr, trust: Trust) -> io::Result<Self> {
+        trust.may_listen(address).map_err(io::Error::other)?;
         let listener = TcpListener::bind(address).await?;
         let local_addr = listener.local_addr()?;
         let shared = Shared::default();
-        let task = tokio::spawn(accept(listener, shared.clone()));
+        let task = tokio::spawn(accept(listener, shared.clone(), trust));
         Ok(Self { local_addr, shared: SharedDebug(shared), task })
     }
 
@@ -86,7 +87,7 @@ fn lock(shared: &Shared) -> MutexGuard<'_, Memory> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn accept(listener: TcpListener, shared: Shared) {
+async fn accept(listener: TcpListener, shared: Shared, trust: Trust) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -94,9 +95,11 @@ async fn accept(listener: TcpListener, shared: Shared) {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, peer)) => {
-                let shared = shared.clone();
+                let (shared, trust) = (shared.clone(), trust.clone());
                 connections.spawn(async move {
-                    if let Err(error) = serve(stream, shared).await {
+                    let served =
+                        async { serve(trust.accept(stream, Purpose::Keys).await?, shared).await };
+                    if let Err(error) = served.await {
                         tracing::debug!(%peer, %error, "key-value connection ended");
                     }
                     drop(place);
@@ -111,9 +114,8 @@ async fn accept(listener: TcpListener, shared: Shared) {
     }
 }
 
-async fn serve(stream: TcpStream, shared: Shared) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    let (reader, mut writer) = stream.into_split();
+async fn serve(stream: Stream, shared: Shared) -> io::Result<()> {
+    let (reader, mut writer) = tokio::io::split(stream);
     let mut reader = BufReader::new(reader);
     while let Some(request) = receive(&mut reader).await? {
         let Some(reply) = answer(request, &shared, &mut reader).await else { return Ok(()) };
@@ -122,12 +124,16 @@ async fn serve(stream: TcpStream, shared: Shared) -> io::Result<()> {
     Ok(())
 }
 
-async fn send(writer: &mut OwnedWriteHalf, reply: &Reply) -> io::Result<()> {
-    tokio::time::timeout(FRAME_TIMEOUT, writer.write_all(&reply.to_frame())).await?
+async fn send(writer: &mut WriteHalf<Stream>, reply: &Reply) -> io::Result<()> {
+    let sent = async {
+        writer.write_all(&reply.to_frame()).await?;
+        writer.flush().await
+    };
+    tokio::time::timeout(FRAME_TIMEOUT, sent).await?
 }
 
 /// The next request; none when the client has closed between two.
-async fn receive(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Request>> {
+async fn receive(reader: &mut BufReader<ReadHalf<Stream>>) -> io::Result<Option<Request>> {
     if reader.fill_buf().await?.is_empty() {
         return Ok(None);
     }
@@ -150,7 +156,7 @@ async fn receive(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Req
 async fn answer(
     request: Request,
     shared: &Shared,
-    reader: &mut BufReader<OwnedReadHalf>,
+    reader: &mut BufReader<ReadHalf<Stream>>,
 ) -> Option<Reply> {
     Some(match request {
         Request::Get { key, timeout_ms } => {
@@ -187,7 +193,7 @@ async fn wait(
     keys: Vec<Vec<u8>>,
     timeout_ms: u64,
     shared: &Shared,
-    reader: &mut BufReader<OwnedReadHalf>,
+    reader: &mut BufReader<ReadHalf<Stream>>,
 ) -> Option<Reply> {
     let (id, woken) = {
         let mut memory = lock(shared);
@@ -209,7 +215,7 @@ async fn wait(
 }
 
 /// Returns when the client has closed; never if it sends instead (that is its next request).
-async fn gone(reader: &mut BufReader<OwnedReadHalf>) {
+async fn gone(reader: &mut BufReader<ReadHalf<Stream>>) {
     match reader.fill_buf().await {
         Ok(bytes) if !bytes.is_empty() => std::future::pending().await,
         _ => (),

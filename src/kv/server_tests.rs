@@ -5,15 +5,21 @@ use std::time::Instant;
 
 use super::super::{KvClient, KvError, VALUE_BYTES_MAX};
 use super::*;
+use crate::trust::JoinToken;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A runtime for the server (its threads serve while the test blocks) and a client.
 fn start() -> (tokio::runtime::Runtime, KvServer, Arc<KvClient>) {
+    start_with(Trust::holding(&JoinToken::random().unwrap()).unwrap())
+}
+
+fn start_with(trust: Trust) -> (tokio::runtime::Runtime, KvServer, Arc<KvClient>) {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let server = runtime.block_on(KvServer::bind((Ipv4Addr::LOCALHOST, 0).into())).unwrap();
-    let client = Arc::new(KvClient::new(server.local_addr(), SECOND));
+    let address = (Ipv4Addr::LOCALHOST, 0).into();
+    let server = runtime.block_on(KvServer::bind(address, trust.clone())).unwrap();
+    let client = Arc::new(KvClient::new(server.local_addr(), SECOND, trust));
     (runtime, server, client)
 }
 
@@ -84,7 +90,7 @@ fn a_server_that_goes_away_is_lost_to_who_waits() {
 
 #[test]
 fn what_is_too_long_is_refused_and_a_malformed_frame_costs_only_its_connection() {
-    let (_runtime, _server, client) = start();
+    let (_runtime, _server, client) = start_with(Trust::loopback());
     let long = vec![0; VALUE_BYTES_MAX + 1];
     assert!(matches!(client.set(b"k", &long), Err(KvError::Refused(_))));
     let mut raw = std::net::TcpStream::connect(_server.local_addr()).unwrap();

@@ -20,6 +20,7 @@ use super::aws_profile;
 use super::error::{StoreError, one_line};
 use super::http_note::NotingConnector;
 use super::options::{MissingFolder, StoreOptions};
+use crate::trust::Trust;
 
 /// An engine, where in it the store begins, and what an unreachable one should hint at.
 pub(super) struct Backend {
@@ -158,6 +159,9 @@ fn open_s3(url: &str, bucket: &str, options: &StoreOptions) -> Result<Opened, St
                 client.with_proxy_url("http://127.0.0.1:9").with_proxy_excludes("*,0.0.0.0/0,::/0");
         }
     }
+    if endpoint.is_some_and(|endpoint| endpoint.starts_with("https://")) {
+        client = with_own_authority(url, client)?;
+    }
     if let Some(file) = find(&settings, "aws_ca_bundle") {
         client = with_ca_bundle(url, client, file)?;
     }
@@ -242,6 +246,16 @@ fn is_on_this_machine(endpoint: &str) -> bool {
         Some(Host::Ipv6(address)) => address.is_loopback(),
         None => false,
     }
+}
+
+/// An S3 server of the run's own (`cpcr s3`) proves itself by the join token.
+fn with_own_authority(url: &str, client: ClientOptions) -> Result<ClientOptions, StoreError> {
+    let bad = |detail| StoreError::BadUrl { url: url.to_owned(), detail };
+    let trust = Trust::from_environment().map_err(|error| bad(error.to_string()))?;
+    let Some(der) = trust.certificate() else { return Ok(client) };
+    let certificate =
+        Certificate::from_der(der).map_err(|error| bad(one_line(&error.to_string())))?;
+    Ok(client.with_root_certificate(certificate))
 }
 
 fn with_ca_bundle(

@@ -1,7 +1,7 @@
 //! The embedded S3 server: a folder on this machine that speaks S3 (`cpcr s3 --dir DIR`).
 //!
 //! For the demonstration, for tests, and for labs without object storage. One process on one
-//! disk: no replication, no TLS. What is acknowledged survives the death of the process (files
+//! disk: no replication. Plain HTTP on loopback; beyond it HTTPS, by the run's join token. What is acknowledged survives the death of the process (files
 //! are renamed into place whole), not that of the power supply.
 
 use std::fs::{File, TryLockError};
@@ -22,6 +22,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::s3_keyed::KeyedFs;
+use crate::trust::{Purpose, Trust, TrustError};
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 1024;
@@ -37,8 +38,10 @@ const LOCK_FILE: &str = ".cpcr-s3.lock";
 pub struct S3ServerOptions {
     /// Buckets are the folders in here; made if missing.
     pub dir: PathBuf,
-    /// Port 0 picks a free one. Keep to loopback unless the network is trusted: there is no TLS.
+    /// Port 0 picks a free one.
     pub listen: SocketAddr,
+    /// By which it proves itself beyond loopback. On loopback it speaks plain HTTP, whatever this is.
+    pub trust: Trust,
     /// The one user's name.
     pub access_key: String,
     /// The one user's secret.
@@ -59,6 +62,7 @@ impl S3ServerOptions {
         Self {
             dir: dir.into(),
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            trust: Trust::loopback(),
             access_key: access_key.into(),
             secret_key: secret_key.into(),
             exclusive_creates: true,
@@ -92,6 +96,9 @@ pub enum S3ServerError {
         /// Why.
         source: io::Error,
     },
+    /// It would be open to other hosts, and there is no token.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// Credentials that no client could send.
     #[error("access key and secret key must not be empty")]
     Credentials,
@@ -101,6 +108,7 @@ pub enum S3ServerError {
 #[derive(Debug)]
 pub struct S3Server {
     addr: SocketAddr,
+    scheme: &'static str,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
 }
@@ -115,7 +123,7 @@ impl S3Server {
     /// What belongs into `AWS_ENDPOINT_URL`.
     #[must_use]
     pub fn endpoint(&self) -> String {
-        format!("http://{}", self.addr)
+        format!("{}://{}", self.scheme, self.addr)
     }
 
     /// Takes no more connections, lets requests under way finish for some seconds, and stops.
@@ -140,6 +148,9 @@ pub async fn serve(options: S3ServerOptions) -> Result<S3Server, S3ServerError> 
     if options.access_key.is_empty() || options.secret_key.is_empty() {
         return Err(S3ServerError::Credentials);
     }
+    options.trust.may_listen(options.listen)?;
+    let plain = options.listen.ip().to_canonical().is_loopback();
+    let trust = if plain { Trust::loopback() } else { options.trust.clone() };
     let lock = lock_folder(&options.dir)?;
     let files = KeyedFs::new(options.dir.clone(), options.exclusive_creates).map_err(|error| {
         S3ServerError::Folder {
@@ -153,9 +164,10 @@ pub async fn serve(options: S3ServerOptions) -> Result<S3Server, S3ServerError> 
     let failed = |source| S3ServerError::Listen { listen, source };
     let listener = TcpListener::bind(listen).await.map_err(failed)?;
     let addr = listener.local_addr().map_err(failed)?;
+    let scheme = if trust.certificate().is_some() { "https" } else { "http" };
     let (stop, stopped) = oneshot::channel();
-    let task = tokio::spawn(accept(listener, service.build(), stopped, lock));
-    Ok(S3Server { addr, stop: Some(stop), task })
+    let task = tokio::spawn(accept((listener, trust), service.build(), stopped, lock));
+    Ok(S3Server { addr, scheme, stop: Some(stop), task })
 }
 
 /// Makes the folder and locks it for as long as the returned file lives.
@@ -172,7 +184,7 @@ fn lock_folder(dir: &PathBuf) -> Result<File, S3ServerError> {
 
 /// Accepts until told to stop. The connections are this task's children and end with it.
 async fn accept(
-    listener: TcpListener,
+    (listener, trust): (TcpListener, Trust),
     service: S3Service,
     mut stopped: oneshot::Receiver<()>,
     _lock: File,
@@ -196,15 +208,18 @@ async fn accept(
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        if let Err(error) = socket.set_nodelay(true) {
-            tracing::debug!(%error, "no TCP_NODELAY");
-        }
-        let connection = builder.serve_connection(TokioIo::new(socket), service.clone());
-        let connection = graceful.watch(connection.into_owned());
+        let (trust, builder, service) = (trust.clone(), builder.clone(), service.clone());
+        let watcher = graceful.watcher();
         connections.spawn(async move {
             let _slot = slot;
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "an S3 connection ended early");
+            match trust.accept(socket, Purpose::Objects).await {
+                Ok(stream) => {
+                    let connection = builder.serve_connection(TokioIo::new(stream), service);
+                    if let Err(error) = watcher.watch(connection.into_owned()).await {
+                        tracing::debug!(%error, "an S3 connection ended early");
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "an S3 client without a handshake"),
             }
         });
     }

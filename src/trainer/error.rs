@@ -10,6 +10,7 @@ use crate::method::MethodError;
 use crate::model::ModelError;
 use crate::proto::{EXIT_FAILED, EXIT_USAGE};
 use crate::store::StoreError;
+use crate::trust::TrustError;
 use crate::types::Step;
 
 /// Why a trainer stops.
@@ -32,6 +33,9 @@ pub enum TrainerError {
     /// There is no GPU to train on: see `cpcr doctor`, or take the CPU.
     #[error("no GPU: {0} (`cpcr doctor` tells more; --backend gloo trains on the CPU)")]
     Device(String),
+    /// The join token cannot be used: the user's to mend.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// A peer or its store was lost: the generation ends.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
@@ -129,6 +133,7 @@ impl TrainerError {
             Self::Checkpoint(_)
             | Self::Ledger(_)
             | Self::Config(_)
+            | Self::Trust(_)
             | Self::Mismatch { .. }
             | Self::InitialWeights { .. }
             | Self::Device(_)
@@ -160,6 +165,7 @@ impl TrainerError {
     pub fn exit_status(&self) -> i32 {
         match self {
             Self::Config(_)
+            | Self::Trust(_)
             | Self::Mismatch { .. }
             | Self::InitialWeights { .. }
             | Self::TooSlow { .. }

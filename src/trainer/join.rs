@@ -118,6 +118,7 @@ impl Trainer {
         }
         let meet = |purpose: &str| Rendezvous {
             store_addr: m.kv_address,
+            trust: self.trust.clone(),
             prefix: Membership::key_prefix(&m.epoch, m.generation) + purpose,
             rank: m.rank,
             world: m.world,

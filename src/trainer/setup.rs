@@ -22,6 +22,7 @@ use crate::method::Method;
 use crate::model::{Ensemble, Heads, Sgd};
 use crate::proto::{Assignment, Doing, TrainerEvent};
 use crate::store::{BlockCache, Store, StoreOptions};
+use crate::trust::Trust;
 use crate::types::{Rank, Step, WorldSize};
 
 /// Size of a gradient bucket. The network has 10 MB of gradients: several buckets, so that their
@@ -35,6 +36,7 @@ const RECORDS_MAX: u64 = 2000;
 pub struct Trainer {
     pub(super) config: RunConfig,
     pub(super) assignment: Assignment,
+    pub(super) trust: Trust,
     pub(super) seed: u64,
     pub(super) patch: (usize, usize),
     pub(super) device: Device,
@@ -97,6 +99,7 @@ impl Trainer {
         let patch = config.patch_size as usize;
         Ok(Self {
             assignment: assignment.clone(),
+            trust: Trust::from_environment()?,
             seed: config.train.seed,
             patch: (patch, patch),
             device,

@@ -9,16 +9,16 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
-use super::completion::{is_over, nothing_left};
+use super::completion::nothing_left;
+use super::reach::{Client, connect, given_up, interface_towards, never_reached, reconnect};
 use crate::config::Recovery;
 use crate::kv::KvServer;
-use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{self, agent_message, order};
-use crate::proto::{Assignment, EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
+use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
 use crate::telemetry::probe::{Sign, Signs};
+use crate::trust::{Trust, TrustError};
 use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
 /// How often an agent gives a sign of life.
@@ -27,10 +27,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const WATCH: Duration = Duration::from_millis(250);
 /// Messages that may wait for the coordinator.
 const QUEUE: usize = 256;
-/// Pause between two tries to reach the coordinator.
+/// Pause after a coordinator that did not take this agent.
 const RETRY: Duration = Duration::from_millis(200);
-/// A connection over which nothing comes back for so long, though asked, is none.
-const ANSWER_MAX: Duration = Duration::from_secs(4);
 
 /// What an agent needs to know.
 #[derive(Debug, Clone)]
@@ -52,6 +50,20 @@ pub struct AgentOptions {
     pub patience: Duration,
     /// For probes.
     pub signs: Signs,
+    /// What is shown to the coordinator and to other nodes, and asked of them.
+    pub trust: Trust,
+}
+
+/// Why an agent could not serve.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// The coordinator and this agent do not hold the same token: somebody has to mend it.
+    #[error("the coordinator: {0}")]
+    Trust(#[from] TrustError),
+    /// The agent's own listening socket cannot be opened.
+    #[error("the agent's key-value service cannot listen: {0}")]
+    Listen(#[from] std::io::Error),
 }
 
 /// How one connection to the coordinator ended.
@@ -60,35 +72,34 @@ enum Ended {
     Run(i32),
     /// The connection is gone; the coordinator may come back.
     Connection,
+    /// It did not take this agent.
+    Refused,
 }
-
-type Client = CoordinatorClient<Channel>;
 
 /// Serves one node until the run ends; the result is the exit status.
 ///
 /// `stop` resolves when the platform wants this node back: the whole run then checkpoints.
 ///
 /// # Errors
-/// When the agent's own listening socket cannot be opened.
+/// [`AgentError`].
 pub async fn run_agent(
     options: &AgentOptions,
     stop: impl Future<Output = String>,
-) -> std::io::Result<i32> {
+) -> Result<i32, AgentError> {
     tokio::pin!(stop);
     // Its name may not resolve before it is there, and then no route to it is known either.
-    let (connecting, patience) =
-        (connect(&options.coordinator), tokio::time::sleep(options.patience));
+    let (connecting, patience) = (connect(options), tokio::time::sleep(options.patience));
     let mut alive = tokio::time::interval(HEARTBEAT);
     tokio::pin!(connecting, patience);
     let client = loop {
         tokio::select! {
-            client = &mut connecting => break client,
+            client = &mut connecting => break client?,
             () = &mut patience => return Ok(never_reached(options).await),
             _ = alive.tick() => options.signs.give(Sign::Alive),
         }
     };
     let interface = interface_towards(&options.coordinator).await;
-    let kv = KvServer::bind(SocketAddr::new(interface, 0)).await?;
+    let kv = KvServer::bind(SocketAddr::new(interface, 0), options.trust.clone()).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
     let mut agent = Agent {
         options,
@@ -99,6 +110,8 @@ pub async fn run_agent(
         met: None,
         stopping: None,
         silence: Recovery::default().silence(),
+        taken: None,
+        began: Instant::now(),
     };
     let mut client = Some(client);
     loop {
@@ -112,50 +125,9 @@ pub async fn run_agent(
         match agent.session(connected, &mut stop).await {
             Ended::Run(status) => return Ok(status),
             Ended::Connection => tracing::warn!("lost the coordinator; looking for it"),
+            Ended::Refused => tokio::time::sleep(RETRY).await,
         }
     }
-}
-
-/// Tries until the coordinator answers; the caller bounds it.
-async fn connect(address: &str) -> Client {
-    loop {
-        let connected = async {
-            let endpoint = Endpoint::from_shared(format!("http://{address}"))?
-                .connect_timeout(ANSWER_MAX)
-                .http2_keep_alive_interval(ANSWER_MAX / 2)
-                .keep_alive_timeout(ANSWER_MAX)
-                .tcp_nodelay(true);
-            endpoint.connect().await
-        };
-        match connected.await {
-            Ok(channel) => return Client::new(channel),
-            Err(error) => {
-                tracing::debug!(%error, "coordinator not there yet");
-                // Nothing tells when a listener appears on another host: this is the poll.
-                tokio::time::sleep(RETRY).await;
-            }
-        }
-    }
-}
-
-/// The exit status of an agent that has found no coordinator at all: 0 if the run is complete, else 1, which a platform
-/// counts: a coordinator that cannot start will not come.
-async fn never_reached(options: &AgentOptions) -> i32 {
-    if is_over(&options.run).await {
-        tracing::info!("the run is complete");
-        return EXIT_DONE;
-    }
-    given_up(options);
-    EXIT_FAILED
-}
-
-fn given_up(options: &AgentOptions) -> i32 {
-    tracing::error!(
-        "the coordinator at {} has been out of reach for {} s",
-        options.coordinator,
-        options.patience.as_secs()
-    );
-    EXIT_RESUMABLE
 }
 
 /// One node's agent.
@@ -171,6 +143,9 @@ struct Agent<'a> {
     stopping: Option<String>,
     /// How long a trainer may be without its pulse, by its coordinator's word: then it is frozen, and killed.
     silence: Duration,
+    /// When a coordinator last had this agent.
+    taken: Option<Instant>,
+    began: Instant,
 }
 
 /// The agent's way to say something; `false` when nobody listens any more.
@@ -189,9 +164,9 @@ impl Agent<'_> {
         &mut self,
         stop: &mut (impl Future<Output = String> + Unpin),
     ) -> Result<Client, i32> {
-        let mut deadline = Instant::now() + self.options.patience;
-        let (connecting, over) =
-            (connect(&self.options.coordinator), nothing_left(&self.options.run));
+        // A coordinator that is there and takes nobody in is as good as none.
+        let mut deadline = self.taken.unwrap_or(self.began) + self.options.patience;
+        let (connecting, over) = (reconnect(self.options), nothing_left(&self.options.run));
         tokio::pin!(connecting, over);
         let mut watch = tokio::time::interval(WATCH);
         loop {
@@ -226,7 +201,10 @@ impl Agent<'_> {
                         None => return Err(EXIT_RESUMABLE),
                     }
                 },
-                () = tokio::time::sleep_until(deadline) => return Err(given_up(self.options)),
+                () = tokio::time::sleep_until(deadline) => return Err(match self.taken {
+                    Some(_) => given_up(self.options),
+                    None => never_reached(self.options).await,
+                }),
             }
         }
     }
@@ -267,22 +245,33 @@ impl Agent<'_> {
         let mut orders = match client.join(ReceiverStream::new(messages)).await {
             Ok(response) => response.into_inner(),
             Err(error) => {
-                tracing::warn!(%error, "the coordinator does not take this agent");
-                tokio::time::sleep(RETRY).await;
-                return Ended::Connection;
+                tracing::warn!(%error, "the coordinator does not take this agent; has it the same token, or none?");
+                return Ended::Refused;
             }
         };
+        let ended = self.serve(&mut orders, &outbox, stop).await;
+        self.taken = Some(Instant::now());
+        ended
+    }
+
+    /// The loop of a connection.
+    async fn serve(
+        &mut self,
+        orders: &mut tonic::Streaming<wire::Order>,
+        outbox: &Outbox,
+        stop: &mut (impl Future<Output = String> + Unpin),
+    ) -> Ended {
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         let mut watch = tokio::time::interval(WATCH);
         loop {
             let alive = tokio::select! {
                 // What the trainer has said is heard before its silence is judged.
                 biased;
-                event = next_event(&mut self.trainer) => self.relay(event, &outbox).await,
+                event = next_event(&mut self.trainer) => self.relay(event, outbox).await,
                 order = orders.message() => match order {
                     Ok(Some(wire::Order { kind: Some(kind) })) => match kind {
                         order::Kind::Finish(finish) => return Ended::Run(finish.status),
-                        kind => self.obey(kind, &outbox).await,
+                        kind => self.obey(kind, outbox).await,
                     },
                     Ok(Some(_)) => true,
                     Ok(None) | Err(_) => return Ended::Connection,
@@ -467,20 +456,5 @@ async fn next_event(trainer: &mut Option<TrainerChild>) -> ChildEvent {
     match trainer {
         Some(child) => child.next().await,
         None => std::future::pending().await,
-    }
-}
-
-/// The address of the interface over which the coordinator is reached.
-///
-/// Not the host name's: Debian maps that to 127.0.1.1, where no other host can connect.
-async fn interface_towards(coordinator: &str) -> IpAddr {
-    let fallback = IpAddr::from([127, 0, 0, 1]);
-    let Ok(socket) = tokio::net::UdpSocket::bind("0.0.0.0:0").await else { return fallback };
-    match socket.connect(coordinator).await {
-        Ok(()) => socket.local_addr().map_or(fallback, |address| address.ip()),
-        Err(error) => {
-            tracing::warn!(%error, "no route to {coordinator}; collectives use loopback");
-            fallback
-        }
     }
 }

@@ -7,6 +7,7 @@
 mod agent;
 mod child;
 mod completion;
+mod reach;
 
-pub use agent::{AgentOptions, run_agent};
+pub use agent::{AgentError, AgentOptions, run_agent};
 pub use child::{ChildOptions, PARENT_VARIABLE, TrainerChild, die_with_parent};

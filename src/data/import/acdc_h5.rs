@@ -227,13 +227,21 @@ impl Arrays {
     }
 }
 
-/// Reads `image` and `label`; a parser that panics over damaged bytes is an error, too.
+/// Reads `image` and `label`.
 fn read_file(path: &Path) -> Result<Arrays, DataError> {
-    let bytes = read_small(path, FILE_BYTES_MAX)?;
-    match catch_unwind(AssertUnwindSafe(|| parse(bytes))) {
-        Ok(arrays) => arrays.map_err(|why| bad(path, why)),
-        Err(_) => Err(bad(path, "its structure is damaged")),
-    }
+    parse_caught(read_small(path, FILE_BYTES_MAX)?).map_err(|why| bad(path, why))
+}
+
+/// A parser that panics over damaged bytes is an error, too.
+fn parse_caught(bytes: Vec<u8>) -> Result<Arrays, String> {
+    catch_unwind(AssertUnwindSafe(|| parse(bytes)))
+        .unwrap_or_else(|_| Err("its structure is damaged".to_owned()))
+}
+
+/// Whether the bytes are a file that is imported: for fuzzing.
+#[doc(hidden)]
+pub fn check(bytes: Vec<u8>) -> Result<(), String> {
+    parse_caught(bytes).map(|_| ())
 }
 
 fn parse(bytes: Vec<u8>) -> Result<Arrays, String> {

@@ -1,0 +1,275 @@
+//! The certificate authority that a token stands for, and the certificates that a process issues itself.
+//!
+//! HKDF-SHA256 makes the seed of an Ed25519 key of the token: the same in every process, so that what one signs the others
+//! accept. A process's own key is random, its certificate valid for a day and renewed before; both live in memory only.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use aws_lc_rs::hkdf;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, PKCS_ED25519,
+};
+use rustls::client::ResolvesClientCert;
+use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, RootCertStore, ServerConfig, SignatureScheme};
+use zeroize::Zeroizing;
+
+use super::{JoinToken, TrustError};
+
+/// What names the derivation: another version of it would be another authority.
+const SALT: &[u8] = b"cpcr join token, version 1";
+const KEY_OF_AUTHORITY: &[u8] = b"key of the certificate authority, Ed25519";
+/// What precedes an Ed25519 seed in PKCS#8 (RFC 8410).
+const PKCS8_ED25519: [u8; 16] =
+    [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
+/// The name in every certificate: who holds the token is told from who does not, hosts are not told apart.
+const MEMBER: &str = "member.cpcr.internal";
+/// Certificates that are kept.
+const NAMES_MAX: usize = 64;
+/// How long a certificate is valid, and how far clocks may differ.
+const VALID: Duration = Duration::from_secs(24 * 60 * 60);
+const SKEW: Duration = Duration::from_secs(60 * 60);
+
+/// What a connection is for. One made for one purpose is refused where another is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// gRPC between agents, launchers and the coordinator.
+    Control,
+    /// Keys of c10d stores.
+    Keys,
+    /// S3 requests, which are signed: the server alone proves itself, by the name or address it was asked for.
+    Objects,
+}
+
+impl Purpose {
+    /// Its name in TLS's application layer protocol negotiation.
+    fn protocol(self) -> &'static [u8] {
+        match self {
+            Self::Control => b"h2",
+            Self::Keys => b"cpcr-keys",
+            Self::Objects => b"http/1.1",
+        }
+    }
+}
+
+/// The name that a member's certificate must carry.
+pub(super) fn member_name() -> Result<ServerName<'static>, TrustError> {
+    ServerName::try_from(MEMBER).map_err(failed)
+}
+
+/// A run's authority, and this process's own certificate.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate: CertificateDer<'static>,
+    roots: Arc<RootCertStore>,
+    provider: Arc<CryptoProvider>,
+    /// This process's certificates by the names in them, and when they were issued.
+    own: Mutex<BTreeMap<String, (Instant, Arc<CertifiedKey>)>>,
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Authority")
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> TrustError {
+    TrustError::Token(format!("no certificate can be made: {error}"))
+}
+
+/// The authority's key: the token's only use.
+fn key_of(token: &JoinToken) -> Result<KeyPair, TrustError> {
+    let secret = hkdf::Salt::new(hkdf::HKDF_SHA256, SALT).extract(token.expose().as_bytes());
+    let mut key = Zeroizing::new([0; 48]);
+    let (head, seed) = key.split_at_mut(PKCS8_ED25519.len());
+    head.copy_from_slice(&PKCS8_ED25519);
+    secret
+        .expand(&[KEY_OF_AUTHORITY], hkdf::HKDF_SHA256)
+        .and_then(|output| output.fill(seed))
+        .map_err(failed)?;
+    KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(key.as_slice()), &PKCS_ED25519)
+        .map_err(failed)
+}
+
+impl Authority {
+    /// The authority of `token`.
+    ///
+    /// # Errors
+    /// [`TrustError::Token`] if the cryptography fails.
+    pub fn derive(token: &JoinToken) -> Result<Self, TrustError> {
+        let key = key_of(token)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "cpcr run");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let mut roots = RootCertStore::empty();
+        let certificate = params.self_signed(&key).map_err(failed)?.der().clone();
+        roots.add(certificate.clone()).map_err(failed)?;
+        let provider = Arc::new(provider::default_provider());
+        let issuer = Issuer::new(params, key);
+        let roots = Arc::new(roots);
+        Ok(Self { issuer, certificate, roots, provider, own: Mutex::default() })
+    }
+
+    /// A key and a certificate for it, with a DNS name or an address in it, valid around `now`.
+    fn issue(&self, name: &str, now: SystemTime) -> Result<CertifiedKey, TrustError> {
+        let key = KeyPair::generate_for(&PKCS_ED25519).map_err(failed)?;
+        let mut params = CertificateParams::new([name.to_owned()]).map_err(failed)?;
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.not_before = (now - SKEW).into();
+        params.not_after = (now + VALID).into();
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = params.signed_by(&key, &self.issuer).map_err(failed)?;
+        let secret = PrivatePkcs8KeyDer::from(key.serialize_der());
+        let signer = provider::sign::any_eddsa_type(&secret).map_err(failed)?;
+        Ok(CertifiedKey::new(vec![certificate.der().clone()], signer))
+    }
+
+    /// This process's certificate with `name` in it: another one when half its time is over.
+    fn own(&self, name: &str) -> Option<Arc<CertifiedKey>> {
+        // What it guards is replaced as a whole.
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((issued, key)) = own.get(name)
+            && issued.elapsed() < VALID / 2
+        {
+            return Some(key.clone());
+        }
+        match self.issue(name, SystemTime::now()) {
+            Ok(key) => {
+                let key = Arc::new(key);
+                if own.len() >= NAMES_MAX {
+                    own.clear(); // somebody asks for names at random
+                }
+                own.insert(name.to_owned(), (Instant::now(), key.clone()));
+                Some(key)
+            }
+            Err(error) => {
+                tracing::error!(%error, "this process has nothing to show to others");
+                None
+            }
+        }
+    }
+
+    /// How this process serves holders of the token on its address `local`.
+    pub(super) fn server(
+        self: &Arc<Self>,
+        purpose: Purpose,
+        local: IpAddr,
+    ) -> Result<Arc<ServerConfig>, TrustError> {
+        let (roots, provider) = (self.roots.clone(), self.provider.clone());
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(failed)?;
+        let mut config = match purpose {
+            Purpose::Control | Purpose::Keys => config
+                .with_client_cert_verifier(verifier.build().map_err(failed)?)
+                .with_cert_resolver(Arc::new(Own(self.clone()))),
+            Purpose::Objects => config
+                .with_no_client_auth()
+                .with_cert_resolver(Arc::new(Named(self.clone(), local))),
+        };
+        config.alpn_protocols = vec![purpose.protocol().to_vec()];
+        // Every connection proves itself anew.
+        config.send_tls13_tickets = 0;
+        Ok(Arc::new(config))
+    }
+
+    /// The authority's certificate, for clients that check servers by themselves.
+    pub(super) fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// How it connects to them.
+    pub(super) fn client(
+        self: &Arc<Self>,
+        purpose: Purpose,
+    ) -> Result<Arc<ClientConfig>, TrustError> {
+        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(failed)?
+            .with_root_certificates(self.roots.clone())
+            .with_client_cert_resolver(Arc::new(Own(self.clone())));
+        config.alpn_protocols = vec![purpose.protocol().to_vec()];
+        config.resumption = rustls::client::Resumption::disabled();
+        Ok(Arc::new(config))
+    }
+}
+
+/// Shows this process's certificate.
+#[derive(Debug)]
+struct Own(Arc<Authority>);
+
+impl ResolvesServerCert for Own {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.own(MEMBER)
+    }
+}
+
+impl ResolvesClientCert for Own {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.0.own(MEMBER)
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+/// Shows a certificate with the name that the client asks for; with the address that it came to, if it asks for none.
+#[derive(Debug)]
+struct Named(Arc<Authority>, IpAddr);
+
+impl ResolvesServerCert for Named {
+    fn resolve(&self, client: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        match client.server_name() {
+            Some(name) => self.0.own(name),
+            None => self.0.own(&self.1.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(text: &str) -> JoinToken {
+        JoinToken::new(text, "test").unwrap()
+    }
+
+    /// A change of the derivation would cut off processes of another version. The figure is from Python's hmac (HKDF by
+    /// RFC 5869) and `openssl pkey`.
+    #[test]
+    fn a_token_stands_for_one_key() {
+        let key = |text| key_of(&token(text)).unwrap().public_key_raw().to_vec();
+        let one = key("0123456789abcdef0123456789abcdef");
+        assert_eq!(
+            hex::encode(&one),
+            "e19fb4386f5c2a28d55124bdf5b36f47d07e2ba33cb8d7e9f76f3400f5c8bde0"
+        );
+        assert_ne!(one, key("0123456789abcdef0123456789abcdeF"));
+    }
+
+    #[test]
+    fn a_certificate_is_kept_and_renewed_in_time() {
+        let authority = Authority::derive(&JoinToken::random().unwrap()).unwrap();
+        let first = authority.own(MEMBER).unwrap();
+        assert!(Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
+        let long_ago = Instant::now().checked_sub(VALID / 2).unwrap();
+        authority.own.lock().unwrap().insert(MEMBER.to_owned(), (long_ago, first.clone()));
+        assert!(!Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
+        for name in 0..2 * NAMES_MAX {
+            authority.own(&format!("host-{name}")).unwrap();
+        }
+        assert!(authority.own.lock().unwrap().len() <= NAMES_MAX);
+    }
+}

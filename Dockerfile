@@ -1,11 +1,11 @@
 # Images of cpcr. Two targets:
 #   docker build --target cpu  -t cpcr:0.1.0-cpu .
 #   docker build --target cuda -t cpcr:0.1.0-cuda .      (needs a host driver of 580 or newer to run)
-# libtorch is fetched by scripts/setup.sh from the same locks as everywhere else. Written, not yet built by CI.
+# libtorch is fetched by scripts/setup.sh from the same locks as everywhere else. scripts/test-image.sh makes the same last stage without Docker
+# and runs k8s/overlays/trial in it.
 
 FROM rust:1.95-bookworm AS toolchain
 RUN apt-get update && apt-get install -y --no-install-recommends g++ python3 python3-pip && rm -rf /var/lib/apt/lists/*
-# The binaries carry this path as their rpath, so it is the same in the last stage.
 ENV CPCR_CACHE=/opt/cpcr
 WORKDIR /src
 # libtorch has a layer of its own: a change of the source does not fetch it again.
@@ -21,16 +21,12 @@ RUN scripts/setup.sh --cuda
 COPY . .
 RUN scripts/setup.sh --cuda && cargo build --release --locked --bins && scripts/build-nccl.sh
 
-# Everything that the binaries load at run time, and nothing of Python, headers or static libraries.
+# The binaries and what they load at run time, and nothing of Python, headers or static libraries.
 FROM build-cpu AS tree-cpu
-RUN mkdir -p /out/usr/local/bin && find target/release -maxdepth 1 -type f -executable -name 'cpcr*' -exec cp {} /out/usr/local/bin/ \; \
-    && cd / && find opt/cpcr/libtorch-* -type f \( -path '*/torch/lib/*' -o -path '*/nvidia/*/lib/*' \) -name '*.so*' ! -name '*python*' -exec cp --parents -a {} /out/ \; \
-    && find opt/cpcr/libtorch-* -type f \( -name LICENSE -o -name NOTICE -o -iname 'License.txt' \) -exec cp --parents {} /out/ \;
+RUN scripts/install.sh /out/usr/local
 
 FROM build-cuda AS tree-cuda
-RUN mkdir -p /out/usr/local/bin && find target/release -maxdepth 1 -type f -executable \( -name 'cpcr*' -o -name 'libcpcr_nccl.so' \) -exec cp {} /out/usr/local/bin/ \; \
-    && cd / && find opt/cpcr/libtorch-* -type f \( -path '*/torch/lib/*' -o -path '*/nvidia/*/lib/*' \) -name '*.so*' ! -name '*python*' -exec cp --parents -a {} /out/ \; \
-    && find opt/cpcr/libtorch-* -type f \( -name LICENSE -o -name NOTICE -o -iname 'License.txt' \) -exec cp --parents {} /out/ \;
+RUN scripts/install.sh /out/usr/local
 
 FROM debian:bookworm-slim AS base
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates libgomp1 libstdc++6 && rm -rf /var/lib/apt/lists/* \

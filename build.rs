@@ -20,6 +20,8 @@ fn main() {
     println!("cargo:rerun-if-changed={}", link.join("lib/libtorch_cpu.so").display());
     compile_wire();
     compile_bridge(&libtorch);
+    // Installed (scripts/install.sh), it is beside the binaries; here it is where it was fetched to.
+    println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib/cpcr/torch/lib");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}/lib", libtorch.display());
     hide_cpp_symbols();
 }

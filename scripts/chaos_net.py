@@ -47,7 +47,7 @@ class Network:
     """Hosts around a router."""
 
     def __init__(self, count):
-        self.prefix, self.count, self.cuts = f"cpcr{os.getpid()}", 0, set()
+        self.prefix, self.count, self.cuts, self.lock = f"cpcr{os.getpid()}", 0, set(), threading.Lock()
         self.router = f"{self.prefix}r"
         ip("netns", "add", self.router)
         subprocess.run(["ip", "netns", "exec", self.router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"], check=True)
@@ -56,7 +56,8 @@ class Network:
 
     def add(self):
         """One more host; its number."""
-        n, self.count = self.count, self.count + 1
+        with self.lock:
+            n, self.count = self.count, self.count + 1
         ip("netns", "add", self.host(n))
         ip("link", "add", f"v{n}", "netns", self.router, "type", "veth", "peer", "name", "eth0", "netns", self.host(n))
         ip("-n", self.router, "addr", "add", f"10.77.{n}.1/30", "dev", f"v{n}")
@@ -100,7 +101,7 @@ class Cluster:
         bucket = f"chaos-{os.getpid()}"  # processes are known by their command lines: no other campaign's
         self.url, self.data, self.local = f"s3://{bucket}/run", f"s3://{bucket}/data", self.folder / "s3" / bucket / "run"
         shutil.copytree(place.data, self.folder / "s3" / bucket / "data")
-        self.environment = dict(os.environ, AWS_ENDPOINT=f"https://{address(STORE)}:9000", CPCR_JOIN_TOKEN=secrets.token_hex(32),
+        self.environment = dict(os.environ, AWS_ENDPOINT=f"https://{address(STORE)}:9000", CPCR_JOIN_TOKEN=secrets.token_hex(32), CPCR_OWN_S3="1",
                                 **KEYS)
         self.network = Network(WORKERS + workers)
         self.ending, self.statuses, self.lives = False, {}, {}

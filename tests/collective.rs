@@ -73,7 +73,7 @@ impl Meeting {
             .unwrap();
         let trust = Trust::holding(&JoinToken::random().unwrap()).unwrap();
         let server =
-            runtime.block_on(KvServer::bind(SocketAddr::new(LOOPBACK, 0), trust.clone())).unwrap();
+            runtime.block_on(KvServer::bind(SocketAddr::new(LOOPBACK, 0), &trust)).unwrap();
         Self { server, trust, _runtime: runtime }
     }
 

@@ -56,7 +56,8 @@ fn agents(run: &Path) -> Vec<i32> {
 fn hosts_behind_ssh_train_together_and_a_lost_one_is_started_again() {
     let folder = tempfile::tempdir().unwrap();
     let (data, run) = (dataset(folder.path()), folder.path().join("run"));
-    let mut command = launch(folder.path(), &data, run.to_str().unwrap(), 2, &["train.iterations=40"]);
+    let mut command =
+        launch(folder.path(), &data, run.to_str().unwrap(), 2, &["train.iterations=40"]);
     command.args(["--hosts", "alpha,beta"]).env("CPCR_SSH", ssh(folder.path()));
     command.env_remove(TOKEN_VARIABLE).env_remove(TOKEN_FILE_VARIABLE);
     let mut child = command.spawn().unwrap();
@@ -79,7 +80,8 @@ fn hosts_behind_ssh_train_together_and_a_lost_one_is_started_again() {
 fn workers_on_other_hosts_end_with_their_launcher() {
     let folder = tempfile::tempdir().unwrap();
     let (data, run) = (dataset(folder.path()), folder.path().join("run"));
-    let mut command = launch(folder.path(), &data, run.to_str().unwrap(), 2, &["train.iterations=100000"]);
+    let mut command =
+        launch(folder.path(), &data, run.to_str().unwrap(), 2, &["train.iterations=100000"]);
     command.args(["--hosts", "alpha,beta"]).env("CPCR_SSH", ssh(folder.path()));
     let mut child = command.spawn().unwrap();
     wait_for_a_step(&mut child);
@@ -94,7 +96,8 @@ fn what_cannot_be_reached_is_told_with_its_reason() {
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let refuses = folder.path().join("refuses");
-    std::fs::write(&refuses, "#!/bin/sh\necho 'Permission denied (publickey).' >&2\nexit 255\n").unwrap();
+    std::fs::write(&refuses, "#!/bin/sh\necho 'Permission denied (publickey).' >&2\nexit 255\n")
+        .unwrap();
     std::fs::set_permissions(&refuses, std::fs::Permissions::from_mode(0o755)).unwrap();
     let hosts = |hosts: &str, program: &Path| {
         let mut command = launch(folder.path(), &data, "run", 2, &[]);
@@ -144,6 +147,46 @@ fn slurm_says_who_and_where() {
     assert_eq!(audited(&run)["steps"], 12);
 }
 
+/// SIGTERM of one worker's agent, as a cluster that evicts its pod: the others do without, and the run is not stopped.
+#[test]
+fn a_node_that_is_wanted_back_goes_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run) = (dataset(folder.path()), folder.path().join("run"));
+    let mut coordinator = Command::new(CPCR);
+    coordinator.args(["coordinator", "--nodes", "1:2", "--backend", "gloo", "--config", "demo"]);
+    coordinator.arg("--data").arg(&data).arg("--run").arg(&run);
+    for pair in SMALL.iter().chain(&["train.iterations=400", "checkpoint.every=1000"]) {
+        coordinator.args(["--set", pair]);
+    }
+    let mut coordinator =
+        coordinator.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut address = String::new();
+    BufReader::new(coordinator.stdout.as_mut().unwrap()).read_line(&mut address).unwrap();
+    let worker = |node: &str| {
+        let mut worker = Command::new(CPCR);
+        worker.args(["worker", "--threads", "1", "--gpus", "0", "--node", node, "--run"]).arg(&run);
+        worker.args(["--coordinator", address.trim()]).env("RUST_LOG", "info,cpcr::trainer=debug");
+        worker.arg("--logs").arg(folder.path().join("logs")).stderr(Stdio::piped());
+        worker.spawn().unwrap()
+    };
+    let (stays, goes) = (worker("0"), worker("1"));
+    let log = folder.path().join("logs/trainer-1.log");
+    until("a step", || std::fs::read_to_string(&log).unwrap_or_default().contains("step=5"));
+    signal(i32::try_from(goes.id()).unwrap(), rustix::process::Signal::TERM);
+    let gone = goes.wait_with_output().unwrap();
+    assert_eq!(gone.status.code(), Some(75), "{}", text(&gone.stderr));
+    assert!(coordinator.try_wait().unwrap().is_none(), "the run was to go on");
+    for process in [stays, coordinator] {
+        succeed(&process.wait_with_output().unwrap());
+    }
+    assert_eq!(audited(&run)["steps"], 400);
+    let mut verdicts = std::fs::read_dir(run.join("interruptions")).unwrap().map(|entry| {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["cause"]["kind"].clone()
+    });
+    assert!(verdicts.any(|kind| kind == "given-back"));
+}
+
 #[test]
 fn the_manifests_of_a_run_are_valid() {
     let folder = tempfile::tempdir().unwrap();
@@ -165,7 +208,10 @@ fn the_manifests_of_a_run_are_valid() {
     }
     assert!(std::fs::read_to_string(&files[1]).unwrap().contains("    lr = 0.02\n"));
     let Ok(python) = std::env::var("CPCR_PEER_PYTHON") else {
-        skipped("the_manifests_of_a_run_are_valid", "CPCR_PEER_PYTHON names no Python that reads YAML");
+        skipped(
+            "the_manifests_of_a_run_are_valid",
+            "CPCR_PEER_PYTHON names no Python that reads YAML",
+        );
         return;
     };
     let checked = Command::new(python).arg("scripts/test-k8s.py").args(&files).output().unwrap();

@@ -16,7 +16,7 @@ fn the_key_value_service_works_in_a_process_without_libtorch() {
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let trust = Trust::holding(&JoinToken::random().unwrap()).unwrap();
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let server = runtime.block_on(KvServer::bind(address, trust.clone())).unwrap();
+    let server = runtime.block_on(KvServer::bind(address, &trust)).unwrap();
     let client = KvClient::new(server.local_addr(), Duration::from_secs(5), trust);
     client.set(b"g1/rank-0", b"here").unwrap();
     assert_eq!(client.get(b"g1/rank-0", Duration::from_secs(5)).unwrap(), b"here");

@@ -11,19 +11,21 @@ pub use super::launch_arguments::Arguments;
 use super::launch_arguments::Place;
 use super::local::{Agent, Family};
 use super::run::{self, BackendArgument, NodeRange, absolute};
-use super::ssh::SSH_FAILED;
+use super::ssh::{SSH_FAILED, Way};
 use super::view::{View, ask_to_stop, follow};
-use super::{Failure, named, tell, threads_each};
+use super::{Failure, named, sibling, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::coordinator::verdict::Goodput;
 use crate::proto::wire::RunStatus;
-use crate::proto::{EXIT_DONE, EXIT_RESUMABLE};
+use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
 use crate::store::{Store, StoreOptions};
 use crate::telemetry::progress::{Outcome, Progress};
 use crate::trust::{JoinToken, TOKEN_VARIABLE, Trust};
 
 /// How long an agent may take to leave once the run has ended.
 const LINGER: std::time::Duration = std::time::Duration::from_secs(5);
+/// Before another host is asked again.
+const HOST_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A run, resolved.
 struct Plan {
@@ -35,13 +37,23 @@ struct Plan {
     gpus: Vec<String>,
     /// Where the agents are, by node; here if there are none.
     hosts: Vec<String>,
+    /// This host, as those reach it.
+    here: Option<String>,
     run: String,
     family: Family,
     /// Where the report can be opened on this machine, if it can.
     report: Option<PathBuf>,
     /// The embedded S3 server of the demonstration.
     s3: Option<Child>,
+    security: Security,
+}
+
+/// The run's token, and what follows from it.
+struct Security {
+    token: JoinToken,
     trust: Trust,
+    /// Whether children have it from this process's environment already.
+    inherited: bool,
 }
 
 /// Runs `cpcr-launch`; the result is the exit status.
@@ -63,14 +75,18 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
     if arguments.on == Place::K8s {
         return arguments.print_manifests(&config, nodes);
     }
+    let security = secure()?;
     let gpus = arguments.gpus_here(nodes).await?;
     let mut plan = if demonstration && config.data.url.is_none() {
-        demonstrate(&arguments, config, (nodes, gpus)).await?
+        demonstrate(&arguments, config, (nodes, gpus), security).await?
     } else {
-        plain(&arguments, config, (nodes, gpus))
+        plain(&arguments, config, (nodes, gpus), security)
     };
+    if !plan.security.inherited {
+        let token = plan.security.token.expose().to_owned();
+        plan.family.environment.push((TOKEN_VARIABLE.to_owned(), token));
+    }
     let options = options(&plan);
-    plan.trust = secure(&mut plan.family)?;
     plan.config =
         run::prepare(plan.config, &plan.run, plan.nodes.max, arguments.resume, &options).await?;
     let store = Store::open(&plan.run, &options).map_err(Failure::usage)?;
@@ -90,17 +106,15 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
 }
 
 /// The run's token: the user's, else one of its own, so that nobody else on this machine gets in either.
-fn secure(family: &mut Family) -> Result<Trust, Failure> {
-    let token = match JoinToken::from_environment().map_err(Failure::usage)? {
-        // The children have the same environment.
+fn secure() -> Result<Security, Failure> {
+    let given = JoinToken::from_environment().map_err(Failure::usage)?;
+    let inherited = given.is_some();
+    let token = match given {
         Some(token) => token,
-        None => {
-            let token = JoinToken::random().map_err(Failure::failed)?;
-            family.environment.push((TOKEN_VARIABLE.to_owned(), token.expose().to_owned()));
-            token
-        }
+        None => JoinToken::random().map_err(Failure::failed)?,
     };
-    Trust::holding(&token).map_err(Failure::usage)
+    let trust = Trust::holding(&token).map_err(Failure::usage)?;
+    Ok(Security { token, trust, inherited })
 }
 
 fn local_folder(url: &str) -> Option<PathBuf> {
@@ -116,6 +130,7 @@ fn plain(
     arguments: &Arguments,
     config: RunConfig,
     (nodes, gpus): (NodeRange, Vec<String>),
+    security: Security,
 ) -> Plan {
     let run = absolute(&arguments.run.clone().unwrap_or(format!("runs/{}", config.name)));
     let folder = local_folder(&run);
@@ -131,11 +146,12 @@ fn plain(
         backend,
         gpus,
         hosts: arguments.hosts.clone(),
+        here: arguments.address.clone(),
         run,
         family,
         report,
         s3: None,
-        trust: Trust::loopback(),
+        security,
     }
 }
 
@@ -144,6 +160,7 @@ async fn demonstrate(
     arguments: &Arguments,
     mut config: RunConfig,
     (nodes, gpus): (NodeRange, Vec<String>),
+    security: Security,
 ) -> Result<Plan, Failure> {
     if !arguments.hosts.is_empty() {
         return Err(Failure::usage(
@@ -157,7 +174,9 @@ async fn demonstrate(
         )));
     };
     let mut family = Family { logs: folder.join("logs"), environment: Vec::new() };
-    let credentials = [("AWS_ACCESS_KEY_ID", "cpcr"), ("AWS_SECRET_ACCESS_KEY", "demonstration")];
+    // Nobody else on this machine is to know it; the bucket's files are the user's.
+    let secret = JoinToken::random().map_err(Failure::failed)?;
+    let credentials = [("AWS_ACCESS_KEY_ID", "cpcr"), ("AWS_SECRET_ACCESS_KEY", secret.expose())];
     family.environment = credentials.map(|(k, v)| (k.to_owned(), v.to_owned())).to_vec();
     let bucket = folder.join("bucket");
     let arguments_s3 = ["s3", "--dir", &bucket.display().to_string(), "--listen", "127.0.0.1:0"]
@@ -179,11 +198,12 @@ async fn demonstrate(
         backend,
         gpus,
         hosts: arguments.hosts.clone(),
+        here: arguments.address.clone(),
         run,
         family,
         report,
         s3: Some(s3),
-        trust: Trust::loopback(),
+        security,
     };
     let data = Store::open("s3://cpcr/data", &options(&plan)).map_err(Failure::usage)?;
     run::phantoms(data).await?;
@@ -233,7 +253,11 @@ impl Processes<'_> {
                 format!("--run={}", plan.run),
                 format!("--logs=cpcr-logs/{}", plan.config.name),
             ];
-            return plan.family.agent_on(host, node, self.address.port(), &arguments).await;
+            let program = sibling("cpcr")?;
+            let (address, port) = (plan.here.as_deref(), self.address.port());
+            let way = Way { program: &program, address, port };
+            let token = &plan.security.token;
+            return plan.family.agent_on((host, node), &way, token, &arguments).await;
         }
         let gpu = plan.gpus.get(node as usize);
         plan.family.agent(
@@ -294,28 +318,54 @@ impl Processes<'_> {
                 let family = &self.plan.family;
                 (self.coordinator, _) = family.server("coordinator.log", &arguments).await?;
             }
-            Ended::Agent(node, status) => {
-                let host = self.plan.hosts.get(node);
-                let lost = status.is_none() || (host.is_some() && status == Some(SSH_FAILED));
-                if !lost {
-                    // It left in good order; the coordinator will say why.
-                    self.agents[node] = None;
-                    return Ok(None);
-                }
-                let what = match host {
-                    Some(host) => {
-                        let why = self.plan.family.last_line(&format!("agent-{node}.log"));
-                        format!("the agent of node {node} on {host} is lost ({why})")
-                    }
-                    None => format!("the agent of node {node} died"),
-                };
-                self.spend(&what)?;
-                progress.note(&format!("{what}; starting it again"));
-                let id = u32::try_from(node).unwrap_or(u32::MAX);
-                self.agents[node] = Some(self.agent(id).await?);
-            }
+            Ended::Agent(node, status) => self.agent_ended(node, status, progress).await?,
         }
         Ok(None)
+    }
+
+    /// An agent that died, or whose host was lost, is started again; one that left in good order is not.
+    async fn agent_ended(
+        &mut self,
+        node: usize,
+        status: Option<i32>,
+        progress: &mut Progress,
+    ) -> Result<(), Failure> {
+        self.agents[node] = None;
+        let host = self.plan.hosts.get(node);
+        let on = host.map(|host| format!(" on {host}")).unwrap_or_default();
+        let last_words = || self.plan.family.last_line(&format!("agent-{node}.log"));
+        let what = match status {
+            None => format!("the agent of node {node}{on} died"),
+            Some(SSH_FAILED) if host.is_some() => {
+                format!("the agent of node {node}{on} is lost ({})", last_words())
+            }
+            // The coordinator will say why.
+            Some(EXIT_DONE | EXIT_RESUMABLE) => return Ok(()),
+            Some(status) => {
+                let why = last_words();
+                progress.note(&format!("the agent of node {node}{on} ended with {status}: {why}"));
+                if host.is_some() && self.agents.iter().all(Option::is_none) {
+                    let status = if status == EXIT_USAGE { EXIT_USAGE } else { EXIT_FAILED };
+                    return Err(Failure { message: format!("no agent is left: {why}"), status });
+                }
+                return Ok(());
+            }
+        };
+        if let Err(failure) = self.spend(&what) {
+            // The others may be enough, and the coordinator is the judge of that.
+            if self.agents.iter().flatten().count() < self.plan.nodes.min as usize {
+                return Err(failure);
+            }
+            progress.note(&failure.message);
+            return Ok(());
+        }
+        progress.note(&format!("{what}; starting it again"));
+        if host.is_some() {
+            // A host that refuses does so at once.
+            tokio::time::sleep(HOST_PAUSE).await;
+        }
+        self.agents[node] = Some(self.agent(u32::try_from(node).unwrap_or(u32::MAX)).await?);
+        Ok(())
     }
 
     /// Waits for the agents, which have heard of the end; what lingers is killed. When the launcher
@@ -358,7 +408,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
     let (statuses, mut updates) = tokio::sync::watch::channel(RunStatus::default());
     // On all addresses is on this one.
     let here = SocketAddr::from(([127, 0, 0, 1], address.port()));
-    let watcher = tokio::spawn(follow((plan.trust.clone(), here), statuses));
+    let watcher = tokio::spawn(follow((plan.security.trust.clone(), here), statuses));
     let mut interrupted = Box::pin(super::signals::interrupted());
     let mut stopping = false;
     let status = loop {
@@ -378,7 +428,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
             signal = &mut interrupted, if !stopping => {
                 stopping = true;
                 progress.note(&format!("{signal}: writing a checkpoint, then stopping"));
-                ask_to_stop(&plan.trust, here, signal).await;
+                ask_to_stop(&plan.security.trust, here, signal).await;
             }
         }
     };

@@ -31,6 +31,9 @@ pub struct Arguments {
     /// run's folder, and this port: any.
     #[arg(long, value_name = "HOST,...", value_delimiter = ',', conflicts_with = "on")]
     pub(super) hosts: Vec<String>,
+    /// With --hosts: this host, as they reach it; default: where ssh comes from.
+    #[arg(long, value_name = "HOST", requires = "hosts")]
+    pub(super) address: Option<String>,
     /// With --on k8s: the image; default cpcr:VERSION-cuda, or -cpu with --backend gloo.
     #[arg(long)]
     pub(super) image: Option<String>,

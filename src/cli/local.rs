@@ -11,7 +11,9 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 
+use super::ssh::Way;
 use super::{Failure, sibling, ssh};
+use crate::trust::JoinToken;
 use crate::worker::PARENT_VARIABLE;
 
 /// Longest wait for a child's first line.
@@ -118,29 +120,29 @@ impl Family {
             .map_err(Failure::failed)
     }
 
-    /// Starts an agent on another host, of the coordinator on `port` of this one; it ends when this process does.
+    /// Starts an agent on another host; it ends when this process does.
     ///
     /// # Errors
     /// When ssh cannot be started.
-    pub async fn agent_on(
+    pub(super) async fn agent_on(
         &self,
-        host: &str,
-        node: u32,
-        port: u16,
+        (host, node): (&str, u32),
+        way: &Way<'_>,
+        token: &JoinToken,
         arguments: &[String],
     ) -> Result<Agent, Failure> {
         let program = std::env::var_os(ssh::SSH_VARIABLE).unwrap_or_else(|| "ssh".into());
         let failed = |error| Failure::failed(format!("{}: {error}", program.display()));
         let mut child = self
             .command(&program, &format!("agent-{node}.log"))?
-            .args(ssh::arguments(host, &sibling("cpcr")?, port, arguments))
+            .args(ssh::arguments(host, way, arguments))
             .stdin(Stdio::piped())
             .spawn()
             .map_err(failed)?;
         let mut input = child.stdin.take().ok_or_else(|| Failure::failed("no stdin"))?;
-        let environment = std::env::vars().chain(self.environment.iter().cloned());
+        let preamble = ssh::preamble(token, std::env::vars_os());
         // One that has ended already is told by its status; the pipe holds more than this.
-        input.write_all(ssh::preamble(environment).as_bytes()).await.ok();
+        input.write_all(preamble.as_bytes()).await.ok();
         Ok(Agent { child, _input: Some(input) })
     }
 

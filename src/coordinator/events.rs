@@ -171,6 +171,13 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A node's platform wants it back.
+    NodeWanted {
+        /// Which.
+        node: NodeId,
+        /// Why, in words.
+        reason: String,
+    },
     /// The user or the platform wants the run to checkpoint and end.
     StopRequested {
         /// Who asked.
@@ -241,6 +248,13 @@ pub enum Effect {
         node: NodeId,
         /// What.
         recorded: Recorded,
+    },
+    /// Tell an agent to go (75): the run does without it.
+    Release {
+        /// On this node.
+        node: NodeId,
+        /// Why.
+        reason: String,
     },
     /// Tell everyone that the run has ended.
     Finish {

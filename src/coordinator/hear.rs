@@ -16,16 +16,22 @@ use crate::types::{NodeId, Step};
 
 /// Takes length-delimited messages to a coordinator with `limits`, each from the node that said hello last.
 pub async fn hear(limits: Limits, mut messages: &[u8]) {
-    let Ok(run) = Store::open("memory:///", &StoreOptions::default()) else { return };
+    let Ok(run) = Store::open("memory:///", &StoreOptions::default()) else {
+        unreachable!("a store in memory");
+    };
     let place = LedgerPlace { run, checkpoint_every: 10, steps: Step(100) };
-    let Ok((records, _task)) = records::start(place, "epoch").await else { return };
+    let Ok((records, _task)) = records::start(place, "epoch").await else {
+        unreachable!("its ledger");
+    };
     let mut state = State::new(limits);
     let (status, _watched) = watch::channel(wire::RunStatus::default());
     let mut agents = BTreeMap::new();
     let (mut node, mut connection) = (NodeId(0), 0);
     let mut now = Duration::ZERO;
     while !messages.is_empty() {
-        let Ok(message) = wire::AgentMessage::decode_length_delimited(&mut messages) else { return };
+        let Ok(message) = wire::AgentMessage::decode_length_delimited(&mut messages) else {
+            return;
+        };
         let Some(kind) = message.kind else { continue };
         let input = match kind {
             agent_message::Kind::Hello(hello) => {

@@ -12,6 +12,7 @@ use super::reports::note;
 use super::service::Outcome;
 use super::state::{Phase, State};
 use super::verdict::Goodput;
+use crate::proto::EXIT_RESUMABLE;
 use crate::proto::wire::{self, order};
 use crate::types::{Backend, NodeId};
 
@@ -88,6 +89,10 @@ impl Outbound {
                     step: recorded.step.0,
                 };
                 send(node, order::Kind::Recorded(recorded));
+            }
+            Effect::Release { node, reason } => {
+                let finish = wire::Finish { status: EXIT_RESUMABLE, reason };
+                send(node, order::Kind::Finish(finish));
             }
             Effect::Finish { status: code, reason } => {
                 for node in agents.keys() {

@@ -259,7 +259,9 @@ pub(super) fn event_of(
             agent_message::Kind::Hello(_) | agent_message::Kind::Heartbeat(_) => {
                 Some(Event::Heard { node })
             }
-            agent_message::Kind::Stop(stop) => Some(Event::StopRequested { reason: stop.reason }),
+            agent_message::Kind::Stop(stop) => {
+                Some(Event::NodeWanted { node, reason: stop.reason })
+            }
             agent_message::Kind::Exit(exit) => {
                 let words = agents.get_mut(&node).and_then(|agent| agent.last_words.take());
                 let evidence = match words {

@@ -120,6 +120,16 @@ impl World {
                     there.orders.push_back(effect);
                 }
             }
+            Effect::Release { node, .. } => {
+                // It may be lost with the connection; a new agent comes in its place some time.
+                let heard = self.chance(4);
+                let Some(there) = self.nodes.get_mut(&node.0) else { return };
+                if heard && there.connected {
+                    *there = Node { life: there.life, ..Node::default() };
+                } else {
+                    there.disconnect(self.now);
+                }
+            }
             Effect::Finish { status, .. } => self.ended = Some(*status),
             Effect::Verdict(verdict) => {
                 assert!(verdict.generation > self.judged, "seed {seed}: {verdict:?}");
@@ -182,6 +192,11 @@ impl World {
         self.say(id, super::state_tests::exited(id, generation.0, status));
     }
 
+    fn say_wanted(&mut self, id: u32) {
+        let reason = "SIGTERM".to_owned();
+        self.say(id, Event::NodeWanted { node: NodeId(id), reason });
+    }
+
     fn say(&mut self, id: u32, event: Event) {
         if let Some(node) = self.nodes.get_mut(&id).filter(|node| node.connected) {
             node.reports.push_back(event);
@@ -236,6 +251,11 @@ impl World {
                     trainer.frozen = true;
                 }
             }
+            // A platform wants its node back, where there is another.
+            5 if there.connected && self.limits.max + self.limits.spares > self.limits.min => {
+                there.wanted = true;
+                self.say_wanted(node);
+            }
             // The coordinator dies, and another starts.
             4 if self.chance(3) => {
                 self.state = State::new(self.limits.clone());
@@ -277,7 +297,11 @@ impl World {
                     Some(running) => came_back(number, node.life, running),
                     None => joined(number, node.life),
                 };
+                let wanted = node.wanted;
                 self.tell(event);
+                if wanted {
+                    self.say_wanted(number);
+                }
             }
             // Its pulse has stopped: the agent sees to it.
             if let Some(trainer) = self.nodes[&number].trainer

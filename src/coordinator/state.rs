@@ -12,11 +12,12 @@
 //!  Finished(75): waited too long  Finished(0 | 75), Finished(1): nothing gets on any more
 //! ```
 //!
-//! Who comes is in `state/joins.rs`, what is lost in `state/losses.rs`.
+//! Who comes is in `state/joins.rs`, what is lost in `state/losses.rs`, who is given back in `state/releases.rs`.
 
 mod accounts;
 mod joins;
 mod losses;
+mod releases;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -96,6 +97,10 @@ pub struct State {
     strayed: Option<Now>,
     /// What those of this generation saw who have lost their group.
     strandings: BTreeMap<NodeId, String>,
+    /// Those whose platforms want them back, since when and why.
+    leaving: BTreeMap<NodeId, (Now, String)>,
+    /// Those who have been told to go, by their incarnations.
+    released: BTreeMap<NodeId, String>,
     /// What ended the generation before, until there is a step again.
     interruption: Option<Interruption>,
     account: Account,
@@ -123,6 +128,8 @@ impl State {
             veterans: BTreeSet::new(),
             strayed: None,
             strandings: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            released: BTreeMap::new(),
             interruption: None,
             account: Account::default(),
         }
@@ -220,6 +227,10 @@ impl State {
                     self.finish(status, reason, &mut effects);
                 }
             }
+            Event::NodeWanted { node, reason } => {
+                self.heard(now, node);
+                self.release_requested(now, node, reason, &mut effects);
+            }
             Event::StopRequested { reason } => self.stop_requested(now, reason, &mut effects),
             Event::Tick => self.tick(now, &mut effects),
         }
@@ -262,6 +273,7 @@ impl State {
             if Some(done) > self.furthest {
                 (self.furthest, self.fruitless) = (Some(done), 0);
             }
+            self.release_kept(effects);
         }
     }
 
@@ -281,8 +293,14 @@ impl State {
         let waited = now.saturating_sub(since);
         let recovering =
             recovering.is_some_and(|from| now >= from) && !self.awaits_who_strayed(now);
-        let chosen = choose(&self.members, &self.limits, recovering, waited);
+        let mut staying = self.members.clone();
+        staying.retain(|node, _| !self.leaving.contains_key(node));
+        let chosen = choose(&staying, &self.limits, recovering, waited);
         let Some(nodes) = chosen else { return };
+        if let Some(reason) = self.only_leaving_have_state(&nodes) {
+            self.save_and_finish(now, reason, effects);
+            return;
+        }
         let Some(backend) = self.choose_backend(&nodes, effects) else { return };
         let Some(first) = nodes.first().and_then(|node| self.members.get(node)) else { return };
         let kv_address = first.kv_address.clone();
@@ -433,7 +451,11 @@ impl State {
             Phase::Training { stopping: Some(since), .. }
                 if now.saturating_sub(*since) > self.limits.drain
                     && last_progress
-                        > self.limits.drain.max(self.longest_silence.unwrap_or_default() * 2) =>
+                        > self.limits.drain.max(match self.longest_silence {
+                            Some(silence) => silence * 2,
+                            // It has not begun, and needs a step to stop at.
+                            None => self.limits.start / 2,
+                        }) =>
             {
                 let reason = "the trainers did not stop in time".to_owned();
                 self.finish(EXIT_RESUMABLE, reason, effects);
@@ -441,6 +463,7 @@ impl State {
             Phase::Training { stopping: None, .. } => self.tick_training(now, effects),
             _ => {}
         }
+        self.regroup_without_leaving(now, effects);
     }
 
     fn finish(&mut self, status: i32, reason: String, effects: &mut Vec<Effect>) {

@@ -42,6 +42,8 @@ pub enum CauseKind {
     NotAdopted,
     /// No loss: a member more.
     Joined,
+    /// No loss: a platform wanted its node back, and the others do without.
+    GivenBack,
 }
 
 /// What a generation ended of.
@@ -77,6 +79,7 @@ impl Cause {
             CauseKind::AgentSilent => "no sign of life",
             CauseKind::AgentReplaced => "a new agent took its place",
             CauseKind::Joined => "it is ready",
+            CauseKind::GivenBack => "its platform wants it back",
             _ => "its connection closed",
         };
         let node = Some(node);
@@ -91,6 +94,7 @@ impl fmt::Display for Cause {
             CauseKind::NoProgress | CauseKind::NotAdopted => f.write_str(&self.evidence),
             CauseKind::GroupBroke => write!(f, "the group broke: {}", self.evidence),
             CauseKind::Joined => write!(f, "node {node} joins"),
+            CauseKind::GivenBack => write!(f, "node {node} is given back"),
             CauseKind::AgentLost | CauseKind::AgentSilent | CauseKind::AgentReplaced => {
                 write!(f, "node {node} was lost: {}", self.evidence)
             }
@@ -191,7 +195,7 @@ pub(super) struct Interruption {
 impl Interruption {
     /// Whether it is a loss.
     pub(super) fn is_loss(&self) -> bool {
-        self.cause.kind != CauseKind::Joined
+        !matches!(self.cause.kind, CauseKind::Joined | CauseKind::GivenBack)
     }
 
     /// What its time counts as.
@@ -354,6 +358,6 @@ pub struct Goodput {
     pub parts_s: std::collections::BTreeMap<Part, f64>,
     /// Losses of a generation.
     pub losses: u32,
-    /// Generations that ended for a member that joined.
+    /// Generations that ended for a member that joined, or was given back.
     pub joins: u32,
 }

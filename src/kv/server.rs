@@ -15,7 +15,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::memory::{Memory, Woken};
 use super::protocol::{FRAME_BYTES_MAX, Reply, Request};
-use crate::trust::{Purpose, Stream, Trust};
+use crate::trust::{Incoming, Purpose, Stream, Trust};
 
 /// Connections at a time; one more waits to be accepted.
 const CONNECTIONS_MAX: usize = 4096;
@@ -48,12 +48,13 @@ impl KvServer {
     ///
     /// # Errors
     /// When the address cannot be bound, or is not loopback and there is no token.
-    pub async fn bind(address: SocketAddr, trust: Trust) -> io::Result<Self> {
+    pub async fn bind(address: SocketAddr, trust: &Trust) -> io::Result<Self> {
         trust.may_listen(address).map_err(io::Error::other)?;
         let listener = TcpListener::bind(address).await?;
         let local_addr = listener.local_addr()?;
         let shared = Shared::default();
-        let task = tokio::spawn(accept(listener, shared.clone(), trust));
+        let incoming = trust.incoming(listener, Purpose::Keys).map_err(io::Error::other)?;
+        let task = tokio::spawn(accept(incoming, shared.clone()));
         Ok(Self { local_addr, shared: SharedDebug(shared), task })
     }
 
@@ -87,30 +88,20 @@ fn lock(shared: &Shared) -> MutexGuard<'_, Memory> {
     shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn accept(listener: TcpListener, shared: Shared, trust: Trust) {
+async fn accept(mut incoming: Incoming, shared: Shared) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let Ok(place) = places.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let (shared, trust) = (shared.clone(), trust.clone());
-                connections.spawn(async move {
-                    let served =
-                        async { serve(trust.accept(stream, Purpose::Keys).await?, shared).await };
-                    if let Err(error) = served.await {
-                        tracing::debug!(%peer, %error, "key-value connection ended");
-                    }
-                    drop(place);
-                });
+        let Some(stream) = incoming.next().await else { return };
+        let shared = shared.clone();
+        connections.spawn(async move {
+            if let Err(error) = serve(stream, shared).await {
+                tracing::debug!(%error, "key-value connection ended");
             }
-            Err(error) => {
-                // Out of descriptors, say: don't spin on it.
-                tracing::warn!(%error, "accept key-value connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
+            drop(place);
+        });
     }
 }
 

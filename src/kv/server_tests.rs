@@ -18,7 +18,7 @@ fn start_with(trust: Trust) -> (tokio::runtime::Runtime, KvServer, Arc<KvClient>
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let address = (Ipv4Addr::LOCALHOST, 0).into();
-    let server = runtime.block_on(KvServer::bind(address, trust.clone())).unwrap();
+    let server = runtime.block_on(KvServer::bind(address, &trust)).unwrap();
     let client = Arc::new(KvClient::new(server.local_addr(), SECOND, trust));
     (runtime, server, client)
 }

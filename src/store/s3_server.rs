@@ -22,7 +22,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::s3_keyed::KeyedFs;
-use crate::trust::{Purpose, Trust, TrustError};
+use crate::trust::{Incoming, Purpose, Trust, TrustError};
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 1024;
@@ -165,8 +165,9 @@ pub async fn serve(options: S3ServerOptions) -> Result<S3Server, S3ServerError> 
     let listener = TcpListener::bind(listen).await.map_err(failed)?;
     let addr = listener.local_addr().map_err(failed)?;
     let scheme = if trust.certificate().is_some() { "https" } else { "http" };
+    let incoming = trust.incoming(listener, Purpose::Objects)?;
     let (stop, stopped) = oneshot::channel();
-    let task = tokio::spawn(accept((listener, trust), service.build(), stopped, lock));
+    let task = tokio::spawn(accept(incoming, service.build(), stopped, lock));
     Ok(S3Server { addr, scheme, stop: Some(stop), task })
 }
 
@@ -184,7 +185,7 @@ fn lock_folder(dir: &PathBuf) -> Result<File, S3ServerError> {
 
 /// Accepts until told to stop. The connections are this task's children and end with it.
 async fn accept(
-    (listener, trust): (TcpListener, Trust),
+    mut incoming: Incoming,
     service: S3Service,
     mut stopped: oneshot::Receiver<()>,
     _lock: File,
@@ -200,30 +201,20 @@ async fn accept(
             Some(_) = connections.join_next() => continue,
             accepted = async {
                 let slot = Arc::clone(&slots).acquire_owned().await;
-                (slot, listener.accept().await)
+                (slot, incoming.next().await)
             } => accepted,
         };
-        let (Ok(slot), Ok((socket, _))) = accepted else {
-            // Out of descriptors, or a client that left: pause so as not to spin.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            continue;
-        };
-        let (trust, builder, service) = (trust.clone(), builder.clone(), service.clone());
-        let watcher = graceful.watcher();
+        let (Ok(slot), Some(stream)) = accepted else { break };
+        let connection = builder.serve_connection(TokioIo::new(stream), service.clone());
+        let connection = graceful.watch(connection.into_owned());
         connections.spawn(async move {
             let _slot = slot;
-            match trust.accept(socket, Purpose::Objects).await {
-                Ok(stream) => {
-                    let connection = builder.serve_connection(TokioIo::new(stream), service);
-                    if let Err(error) = watcher.watch(connection.into_owned()).await {
-                        tracing::debug!(%error, "an S3 connection ended early");
-                    }
-                }
-                Err(error) => tracing::debug!(%error, "an S3 client without a handshake"),
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "an S3 connection ended early");
             }
         });
     }
-    drop(listener);
+    drop(incoming);
     if timeout(SHUTDOWN_S_MAX, graceful.shutdown()).await.is_err() {
         tracing::warn!("S3 requests were cut off by the shutdown");
     }

@@ -64,6 +64,25 @@ pub(super) fn member_name() -> Result<ServerName<'static>, TrustError> {
     ServerName::try_from(MEMBER).map_err(failed)
 }
 
+/// When a certificate was issued, by both clocks: one stands still while a machine sleeps, the other is set.
+#[derive(Clone, Copy)]
+struct Issued(Instant, SystemTime);
+
+impl Issued {
+    fn now() -> Self {
+        Self(Instant::now(), SystemTime::now())
+    }
+
+    /// Whether others will take it for a good while yet.
+    fn is_fresh(self) -> bool {
+        let by_date = match SystemTime::now().duration_since(self.1) {
+            Ok(age) => age < VALID / 2,
+            Err(set_back) => set_back.duration() < SKEW / 2,
+        };
+        by_date && self.0.elapsed() < VALID / 2
+    }
+}
+
 /// A run's authority, and this process's own certificate.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -71,7 +90,7 @@ pub struct Authority {
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
     /// This process's certificates by the names in them, and when they were issued.
-    own: Mutex<BTreeMap<String, (Instant, Arc<CertifiedKey>)>>,
+    own: Mutex<BTreeMap<String, (Issued, Arc<CertifiedKey>)>>,
 }
 
 impl std::fmt::Debug for Authority {
@@ -139,7 +158,7 @@ impl Authority {
         // What it guards is replaced as a whole.
         let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((issued, key)) = own.get(name)
-            && issued.elapsed() < VALID / 2
+            && issued.is_fresh()
         {
             return Some(key.clone());
         }
@@ -149,7 +168,7 @@ impl Authority {
                 if own.len() >= NAMES_MAX {
                     own.clear(); // somebody asks for names at random
                 }
-                own.insert(name.to_owned(), (Instant::now(), key.clone()));
+                own.insert(name.to_owned(), (Issued::now(), key.clone()));
                 Some(key)
             }
             Err(error) => {
@@ -264,9 +283,16 @@ mod tests {
         let authority = Authority::derive(&JoinToken::random().unwrap()).unwrap();
         let first = authority.own(MEMBER).unwrap();
         assert!(Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
-        let long_ago = Instant::now().checked_sub(VALID / 2).unwrap();
-        authority.own.lock().unwrap().insert(MEMBER.to_owned(), (long_ago, first.clone()));
-        assert!(!Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
+        let now = Issued::now();
+        let stale = [
+            Issued(now.0.checked_sub(VALID / 2).unwrap(), now.1),
+            Issued(now.0, now.1 - VALID / 2),
+            Issued(now.0, now.1 + SKEW),
+        ];
+        for issued in stale {
+            authority.own.lock().unwrap().insert(MEMBER.to_owned(), (issued, first.clone()));
+            assert!(!Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
+        }
         for name in 0..2 * NAMES_MAX {
             authority.own(&format!("host-{name}")).unwrap();
         }

@@ -10,23 +10,28 @@
 
 pub mod authority;
 mod channel;
+mod incoming;
 mod stream;
 mod token;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 pub use authority::{Authority, Purpose};
-pub use stream::{BlockingStream, Incoming, Stream};
+pub use incoming::Incoming;
+use stream::Timely;
+pub use stream::{BlockingStream, Stream};
 pub use token::{JoinToken, TOKEN_FILE_VARIABLE, TOKEN_VARIABLE};
 
-/// What a handshake may take.
-const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// What a handshake may take: less than clients wait, so that silent ones make room for them.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
+/// What connecting to one of a name's addresses may take.
+const CONNECT_MAX: Duration = Duration::from_secs(1);
 
 /// Why there is no connection, or no listening.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +163,7 @@ impl Trust {
     pub async fn accept(&self, stream: TcpStream, purpose: Purpose) -> io::Result<Stream> {
         stream.set_nodelay(true)?;
         let Some(authority) = &self.0 else { return Ok(Stream::Plain(stream)) };
-        let local = stream.local_addr()?.ip();
+        let local = stream.local_addr()?.ip().to_canonical();
         let config = authority.server(purpose, local).map_err(io::Error::other)?;
         let handshake = TlsAcceptor::from(config).accept(stream);
         let stream = tokio::time::timeout(HANDSHAKE_MAX, handshake).await??;
@@ -187,11 +192,20 @@ impl Trust {
     pub async fn dial(&self, address: &str, purpose: Purpose) -> Result<Stream, TrustError> {
         let unreachable = |source| TrustError::Unreachable { address: address.to_owned(), source };
         let mut failure = unreachable(io::Error::other("its name has no address"));
+        // One of them may be that of a host that is gone: the others are asked too.
         for candidate in tokio::net::lookup_host(address).await.map_err(unreachable)? {
             self.allow("connect to", &address, candidate.ip())?;
-            match TcpStream::connect(candidate).await {
-                Ok(stream) => return self.greet(stream, address, purpose).await,
-                Err(source) => failure = unreachable(source),
+            let connecting = TcpStream::connect(candidate);
+            let connected = tokio::time::timeout(CONNECT_MAX, connecting).await;
+            let greeted = match connected.map_err(io::Error::from).and_then(|stream| stream) {
+                Ok(stream) => self.greet(stream, address, purpose).await,
+                Err(source) => Err(unreachable(source)),
+            };
+            match greeted {
+                Ok(stream) => return Ok(stream),
+                // What wants mending is said only if no address is better.
+                Err(error) if failure.wants_mending() && !error.wants_mending() => {}
+                Err(error) => failure = error,
             }
         }
         Err(failure)
@@ -215,7 +229,7 @@ impl Trust {
         }
     }
 
-    /// The same for threads: connecting takes at most `timeout`, and so does each read until the caller sets it anew.
+    /// The same for threads: connecting and the handshake take at most `timeout` each.
     ///
     /// # Errors
     /// As [`Trust::dial`].
@@ -230,18 +244,17 @@ impl Trust {
         let open = || {
             let stream = std::net::TcpStream::connect_timeout(&address, timeout)?;
             stream.set_nodelay(true)?;
-            stream.set_read_timeout(Some(timeout.min(HANDSHAKE_MAX)))?;
-            stream.set_write_timeout(Some(timeout.min(HANDSHAKE_MAX)))?;
             Ok(stream)
         };
-        let mut stream = open().map_err(unreachable)?;
+        let stream = open().map_err(unreachable)?;
         let Some(authority) = &self.0 else { return Ok(BlockingStream::Plain(stream)) };
         let name = authority::member_name()?;
         let mut connection = rustls::ClientConnection::new(authority.client(purpose)?, name)
             .map_err(|error| unreachable(io::Error::other(error)))?;
+        let mut timely = Timely { stream: &stream, until: Instant::now() + timeout };
         while connection.is_handshaking() {
             connection
-                .complete_io(&mut stream)
+                .complete_io(&mut timely)
                 .map_err(|error| TrustError::of_handshake(&address, error))?;
         }
         Ok(BlockingStream::Tls(Box::new(rustls::StreamOwned::new(connection, stream))))

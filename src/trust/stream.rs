@@ -1,27 +1,15 @@
-//! Connections, plain or TLS, as one type; and a listener's accepted ones as a stream of them.
+//! Connections, plain or TLS, as one type: for tasks, and for threads.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream as StdStream;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
+use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
-
-use super::{Purpose, Trust};
-
-/// Handshakes at a time; who comes then waits to be accepted.
-const HANDSHAKES_MAX: usize = 256;
-/// Accepted connections that may wait for the server.
-const QUEUE: usize = 64;
-/// Between two lines in the log about whom was refused.
-const QUIET: Duration = Duration::from_secs(1);
 
 /// A connection of tokio's.
 #[derive(Debug)]
@@ -132,101 +120,33 @@ impl Write for BlockingStream {
     }
 }
 
-/// The connections of a listener that have passed their handshakes; the listener closes with it.
-#[derive(Debug)]
-pub struct Incoming {
-    accepted: mpsc::Receiver<io::Result<Stream>>,
-    _task: AbortOnDrop,
+/// A socket whose reads and writes end at one moment, however many there are.
+pub(super) struct Timely<'a> {
+    pub(super) stream: &'a StdStream,
+    pub(super) until: Instant,
 }
 
-#[derive(Debug)]
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
+impl Timely<'_> {
+    fn left(&self) -> io::Result<Option<std::time::Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
     }
 }
 
-impl Incoming {
-    pub(super) fn start(listener: TcpListener, trust: Trust, purpose: Purpose) -> Self {
-        let (sender, accepted) = mpsc::channel(QUEUE);
-        let task = AbortOnDrop(tokio::spawn(accept(listener, trust, purpose, sender)));
-        Self { accepted, _task: task }
+impl Read for Timely<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buffer)
     }
 }
 
-impl futures::Stream for Incoming {
-    type Item = io::Result<Stream>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.accepted.poll_recv(context)
+impl Write for Timely<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
     }
-}
 
-async fn accept(
-    listener: TcpListener,
-    trust: Trust,
-    purpose: Purpose,
-    accepted: mpsc::Sender<io::Result<Stream>>,
-) {
-    let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
-    let mut handshakes = JoinSet::new();
-    let mut refusals = Refusals::default();
-    loop {
-        while let Some(ended) = handshakes.try_join_next() {
-            if let Ok(Some((peer, error))) = ended {
-                refusals.tell(peer, &error);
-            }
-        }
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        let next = tokio::select! {
-            next = listener.accept() => next,
-            // Whoever was refused last is told of too.
-            Some(ended) = handshakes.join_next(), if !handshakes.is_empty() => {
-                if let Ok(Some((peer, error))) = ended {
-                    refusals.tell(peer, &error);
-                }
-                continue;
-            }
-        };
-        match next {
-            Ok((stream, peer)) => {
-                let (trust, accepted) = (trust.clone(), accepted.clone());
-                handshakes.spawn(async move {
-                    let outcome = trust.accept(stream, purpose).await;
-                    drop(place);
-                    match outcome {
-                        // A server that has gone takes no more.
-                        Ok(stream) => accepted.send(Ok(stream)).await.err().and(None),
-                        Err(error) => Some((peer, error)),
-                    }
-                });
-            }
-            Err(error) => {
-                // Out of descriptors, say: don't spin on it.
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
-}
-
-/// Who was refused, for the log: a line a second at most, however many try.
-#[derive(Default)]
-struct Refusals {
-    told: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Refusals {
-    fn tell(&mut self, peer: std::net::SocketAddr, error: &io::Error) {
-        self.unsaid += 1;
-        if self.told.is_some_and(|told| told.elapsed() < QUIET) {
-            return;
-        }
-        tracing::warn!(%peer, %error, connections = self.unsaid, "refused: no holder of the join token");
-        self.told = Some(Instant::now());
-        self.unsaid = 0;
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
     }
 }

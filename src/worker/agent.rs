@@ -95,11 +95,12 @@ pub async fn run_agent(
         tokio::select! {
             client = &mut connecting => break client?,
             () = &mut patience => return Ok(never_reached(options).await),
+            _ = &mut stop => return Ok(EXIT_RESUMABLE),
             _ = alive.tick() => options.signs.give(Sign::Alive),
         }
     };
     let interface = interface_towards(&options.coordinator).await;
-    let kv = KvServer::bind(SocketAddr::new(interface, 0), options.trust.clone()).await?;
+    let kv = KvServer::bind(SocketAddr::new(interface, 0), &options.trust).await?;
     let incarnation = format!("{}-{}", std::process::id(), crate::store::unique_id());
     let mut agent = Agent {
         options,

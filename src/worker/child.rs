@@ -27,6 +27,14 @@ const GROUP_ENVIRONMENT: [(&str, &str); 3] = [
     ("TORCH_FR_BUFFER_SIZE", "0"),
 ];
 
+/// NCCL picks an interface by itself, and rather one that others reach: a run on one host is to stay on it.
+fn nccl_environment(assignment: &Assignment) -> Vec<(&'static str, &'static str)> {
+    if !assignment.interface.is_loopback() || std::env::var_os("NCCL_SOCKET_IFNAME").is_some() {
+        return Vec::new();
+    }
+    vec![("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_IB_DISABLE", "1")]
+}
+
 /// How a trainer is started.
 #[derive(Debug, Clone)]
 pub struct ChildOptions {
@@ -100,6 +108,7 @@ impl TrainerChild {
             .arg(text)
             .env(PARENT_VARIABLE, std::process::id().to_string())
             .envs(GROUP_ENVIRONMENT)
+            .envs(nccl_environment(assignment))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(log)

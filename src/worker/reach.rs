@@ -1,7 +1,7 @@
 //! The way to the coordinator: connecting again and again, and when to give up. What is said on a connection is `agent`'s.
 
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tonic::transport::Channel;
 
@@ -13,22 +13,28 @@ use crate::trust::TrustError;
 
 /// Pause between two tries to reach the coordinator.
 const RETRY: Duration = Duration::from_millis(200);
-/// The same where a stranger has its address.
-const RETRY_STRANGER: Duration = Duration::from_secs(2);
+/// So long a stranger at its address may be a mistake that passes: an address that was another pod's a moment ago.
+const STRANGE_MAX: Duration = Duration::from_secs(3);
 
 pub(super) type Client = CoordinatorClient<Channel>;
 
 /// Tries until the coordinator answers; the caller bounds it.
 ///
 /// # Errors
-/// What trying again does not mend.
+/// What trying again does not mend, as far as has been seen for some seconds.
 pub(super) async fn connect(options: &AgentOptions) -> Result<Client, TrustError> {
     let mut told = String::new();
+    let mut strange: Option<Instant> = None;
     loop {
         match options.trust.channel(&options.coordinator).await {
             Ok(channel) => return Ok(Client::new(channel)),
-            Err(error) if error.wants_mending() => return Err(error),
+            Err(error @ (TrustError::Token(_) | TrustError::NoToken { .. })) => return Err(error),
             Err(error) => {
+                if !error.wants_mending() {
+                    strange = None;
+                } else if strange.get_or_insert_with(Instant::now).elapsed() >= STRANGE_MAX {
+                    return Err(error);
+                }
                 let why = error.to_string();
                 if why != told {
                     tracing::info!("the coordinator is not there yet: {why}");
@@ -48,7 +54,7 @@ pub(super) async fn reconnect(options: &AgentOptions) -> Client {
             Ok(client) => return client,
             Err(error) => {
                 tracing::warn!(%error, "not this run's coordinator");
-                tokio::time::sleep(RETRY_STRANGER).await;
+                tokio::time::sleep(RETRY).await;
             }
         }
     }

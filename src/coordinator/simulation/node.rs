@@ -36,6 +36,8 @@ pub(super) struct Node {
     /// Whether it was away for so long that the others may have gone on without it.
     pub(super) late: bool,
     pub(super) life: u32,
+    /// Whether its platform wants it back.
+    pub(super) wanted: bool,
     pub(super) trainer: Option<Trainer>,
 }
 

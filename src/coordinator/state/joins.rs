@@ -29,6 +29,11 @@ impl State {
             )));
             return;
         }
+        if self.was_released(node, &member.incarnation) {
+            effects.push(Effect::Release { node, reason: "it was given back".to_owned() });
+            return;
+        }
+        self.released.remove(&node);
         let in_place = |phase: &Phase, generation| {
             matches!(phase, Phase::Training { ranks, .. } if ranks.contains_key(&node))
                 && member.trainer == Trainer::In(generation)
@@ -152,6 +157,7 @@ impl State {
             && !self.last_step
             && !self.complete
             && !ranks.contains_key(&node)
+            && !self.leaving.contains_key(&node)
             && ranks.len() < self.limits.max as usize
         {
             let cause = Cause::of_node(CauseKind::Joined, node, None);

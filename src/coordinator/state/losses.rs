@@ -38,6 +38,7 @@ impl State {
         effects: &mut Vec<Effect>,
     ) {
         let member = self.members.remove(&node);
+        self.leaving.remove(&node);
         if member.is_some_and(|m| m.trainer.has_state()) && kind != CauseKind::AgentReplaced {
             self.strayed = Some(now);
         }

@@ -125,7 +125,7 @@ class Kubelet:
     """Runs the pods that are bound to its node. What `Pod` asks of a cluster, it has."""
 
     def __init__(self, plane, binaries, folder):
-        self.plane, self.binaries, self.root, self.folder = plane, binaries, None, folder
+        self.plane, self.root, self.folder = plane, None, folder
         self.image, self.network, self.ending = binaries_and_libraries(binaries), Network(0), False
         self.config_maps, self.secrets = {}, {}
         self.hosts = folder / "hosts"

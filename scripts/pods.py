@@ -34,6 +34,8 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent / "k8s"
 RUN_S_MAX = 600
 # A Job's controller waits 10 s before it replaces a failed pod; so long are these tests not.
 BACK_OFF_S = 1
+# Where a pod has the binaries of a folder.
+BINARIES = "/opt/cpcr/bin"
 TOOLS = ("ip", "kubectl", "unshare", "nsenter", "setpriv", "chroot", "mount")
 
 # Makes a root like an image's and enters it. $1: the root, $2: its volumes, a line of SOURCE TARGET each, then the command.
@@ -70,7 +72,8 @@ def binaries_and_libraries(folder):
     done = subprocess.run(["ldd", folder / "cpcr-engine"], capture_output=True, text=True, check=True)
     paths = re.findall(r"=> (/\S+)", done.stdout)
     own = {str(pathlib.Path(path).parent) for path in paths if not path.startswith(("/usr/", "/lib"))}
-    return [str(folder), *sorted(own)]
+    # Wherever they are out here: a volume may cover that place.
+    return [f"{folder} {BINARIES}", *(f"{path} {path}" for path in sorted(own - {str(folder)}))]
 
 
 class Pod:
@@ -102,7 +105,7 @@ class Pod:
         return folder
 
     def environment(self, container):
-        values = {"PATH": f"{self.cluster.binaries}:/usr/local/bin:/usr/bin:/bin", "HOME": "/", "HOSTNAME": self.dns.split(".")[0]}
+        values = {"PATH": f"{BINARIES}:/usr/local/bin:/usr/bin:/bin", "HOME": "/", "HOSTNAME": self.dns.split(".")[0]}
         if self.index is not None:
             values["JOB_COMPLETION_INDEX"] = str(self.index)
         for source in container.get("envFrom", []):
@@ -124,7 +127,7 @@ class Pod:
     def start(self, container):
         environment = self.environment(container)
         expand = lambda text: re.sub(r"\$\((\w+)\)", lambda m: environment.get(m[1], m[0]), text)
-        binds = [f"{path} {path}" for path in self.cluster.image] + [f"{self.cluster.hosts} /etc/hosts"]
+        binds = [*self.cluster.image] + [f"{self.cluster.hosts} /etc/hosts"]
         binds += [f"{self.volumes[mount['name']]} {mount['mountPath']}" for mount in container.get("volumeMounts", [])]
         (self.folder / "binds").write_text("".join(line + "\n" for line in binds))
         root = self.folder / "root"
@@ -203,7 +206,7 @@ class Cluster:
         self.folder.chmod(0o755)
         self.documents, self.secrets = documents, {"cpcr": secret}
         # A root with an image's files, or none: then this machine's, and the binaries of a folder.
-        self.root, self.binaries = root, binaries or "/usr/local/bin"
+        self.root = root
         self.config_maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
         self.image = binaries_and_libraries(binaries) if binaries else []
         self.network, self.lock, self.ending = Network(0), threading.Lock(), False

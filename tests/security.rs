@@ -109,10 +109,11 @@ fn whoever_does_not_hold_the_token_does_not_get_in() {
     let coordinator = Coordinator::start(folder.path());
     let run = folder.path().join("run").display().to_string();
     let at = format!("--coordinator={}", coordinator.address);
+    let patient = ["worker", &at, "--node=0", "--gpus=0", "--patience-s=20", "--run", &run];
     let worker = ["worker", &at, "--node=0", "--gpus=0", "--patience-s=1", "--run", &run];
     let began = Instant::now();
-    // Another token: both sides see it at once, and waiting would not help.
-    let output = cpcr(&worker, Some(OTHER)).output().unwrap();
+    // Another token: both sides see it, and when it stays so waiting does not help.
+    let output = cpcr(&patient, Some(OTHER)).output().unwrap();
     refused(&output, 2, &[&coordinator.address, TOKEN_VARIABLE]);
     // No token: plain text, which is not answered.
     let output = cpcr(&worker, None).output().unwrap();

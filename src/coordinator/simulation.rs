@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use self::defect::Defect;
-use self::node::{Group, Node, Trainer};
+use self::node::{Group, Node, Trainer, wanted};
 use super::events::{Effect, Event, Limits, Progress, Running};
 use super::state::{Phase, State};
 use super::state_tests::{came_back, joined, limits};
@@ -192,11 +192,6 @@ impl World {
         self.say(id, super::state_tests::exited(id, generation.0, status));
     }
 
-    fn say_wanted(&mut self, id: u32) {
-        let reason = "SIGTERM".to_owned();
-        self.say(id, Event::NodeWanted { node: NodeId(id), reason });
-    }
-
     fn say(&mut self, id: u32, event: Event) {
         if let Some(node) = self.nodes.get_mut(&id).filter(|node| node.connected) {
             node.reports.push_back(event);
@@ -251,10 +246,14 @@ impl World {
                     trainer.frozen = true;
                 }
             }
-            // A platform wants its node back, where there is another.
-            5 if there.connected && self.limits.max + self.limits.spares > self.limits.min => {
-                there.wanted = true;
-                self.say_wanted(node);
+            // A platform wants its node back, mostly where there are others.
+            5 if there.connected && self.defect == Defect::None => {
+                let ready = |n: &Node| n.trainer.is_some() && !n.wanted;
+                let others = self.nodes.values().filter(|n| ready(n)).count();
+                if others > self.limits.min as usize || self.chance(40) {
+                    self.nodes.entry(node).or_default().wanted = true;
+                    self.say(node, wanted(node));
+                }
             }
             // The coordinator dies, and another starts.
             4 if self.chance(3) => {
@@ -297,10 +296,10 @@ impl World {
                     Some(running) => came_back(number, node.life, running),
                     None => joined(number, node.life),
                 };
-                let wanted = node.wanted;
+                let is_wanted = node.wanted;
                 self.tell(event);
-                if wanted {
-                    self.say_wanted(number);
+                if is_wanted {
+                    self.say(number, wanted(number));
                 }
             }
             // Its pulse has stopped: the agent sees to it.
@@ -350,10 +349,10 @@ impl World {
         let members: Vec<u32> = self.of(group);
         let best = members.iter().filter_map(|id| self.nodes[id].trainer?.done).max();
         let done = best.unwrap_or(self.saved);
-        // Whoever has not been to be reached for a while is given up, with what it has.
+        // Whoever has not been to be reached for a while is given up, with what it has; who is given back is kept as a reserve.
         let patient = |node: &&Node| {
             let away = self.now.saturating_sub(node.away);
-            !node.late && (node.connected || away < self.limits.grace)
+            !node.late && !node.wanted && (node.connected || away < self.limits.grace)
         };
         let there = self.nodes.values().filter(patient);
         let elsewhere = there.filter_map(|node| node.trainer?.done).max();
@@ -476,7 +475,8 @@ fn thousands_of_lives_lose_nothing_and_end() {
             other => panic!("seed {seed}: status {other}"),
         }
     }
-    assert!(complete > 10 * interrupted, "{complete} complete, {interrupted} interrupted");
+    // Too few came back in time, or too many were wanted back at once.
+    assert!(complete > 3 * interrupted, "{complete} complete, {interrupted} interrupted");
 }
 
 /// Each of these is found, mostly within a few lives.

@@ -97,6 +97,8 @@ pub struct State {
     strayed: Option<Now>,
     /// What those of this generation saw who have lost their group.
     strandings: BTreeMap<NodeId, String>,
+    /// Those whose trainers have a state for sure: their generation has made a step, or they have said so.
+    proven: BTreeSet<NodeId>,
     /// Those whose platforms want them back, since when and why.
     leaving: BTreeMap<NodeId, (Now, String)>,
     /// Those who have been told to go, by their incarnations.
@@ -128,6 +130,7 @@ impl State {
             veterans: BTreeSet::new(),
             strayed: None,
             strandings: BTreeMap::new(),
+            proven: BTreeSet::new(),
             leaving: BTreeMap::new(),
             released: BTreeMap::new(),
             interruption: None,
@@ -273,6 +276,9 @@ impl State {
             if Some(done) > self.furthest {
                 (self.furthest, self.fruitless) = (Some(done), 0);
             }
+            if let Phase::Training { ranks, .. } = &self.phase {
+                self.proven.extend(ranks.keys());
+            }
             self.release_kept(effects);
         }
     }
@@ -296,10 +302,11 @@ impl State {
         let mut staying = self.members.clone();
         staying.retain(|node, _| !self.leaving.contains_key(node));
         let chosen = choose(&staying, &self.limits, recovering, waited);
-        let Some(nodes) = chosen else { return };
-        if let Some(reason) = self.only_leaving_have_state(&nodes) {
-            self.save_and_finish(now, reason, effects);
-            return;
+        let Some(mut nodes) = chosen else { return };
+        if self.only_leaving_have_state(&nodes) {
+            let all = choose(&self.members, &self.limits, recovering, waited);
+            let Some(all) = all else { return };
+            nodes = all;
         }
         let Some(backend) = self.choose_backend(&nodes, effects) else { return };
         let Some(first) = nodes.first().and_then(|node| self.members.get(node)) else { return };
@@ -316,6 +323,8 @@ impl State {
             if let Some(member) = self.members.get_mut(&node) {
                 if member.trainer.has_state() {
                     self.veterans.insert(node);
+                } else {
+                    self.proven.remove(&node);
                 }
                 member.trainer = Trainer::In(generation);
                 member.done = Some(FRONT);

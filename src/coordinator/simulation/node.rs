@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::super::events::{Effect, Event};
-use crate::types::{Generation, Rank, Step, WorldSize};
+use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
 
 /// Which start of a coordinator, and which generation of it.
 pub(super) type Group = (u32, Generation);
@@ -21,6 +21,11 @@ pub(super) struct Trainer {
     /// Its state, if it has one.
     pub(super) done: Option<Step>,
     pub(super) frozen: bool,
+}
+
+/// Its platform wants it back.
+pub(super) fn wanted(node: u32) -> Event {
+    Event::NodeWanted { node: NodeId(node), reason: "SIGTERM".to_owned() }
 }
 
 /// An agent and its trainer.

@@ -39,6 +39,7 @@ impl State {
     ) {
         let member = self.members.remove(&node);
         self.leaving.remove(&node);
+        self.proven.remove(&node);
         if member.is_some_and(|m| m.trainer.has_state()) && kind != CauseKind::AgentReplaced {
             self.strayed = Some(now);
         }
@@ -78,6 +79,11 @@ impl State {
         }
         member.trainer = Trainer::Waiting { done };
         member.done = done;
+        if done.is_some() {
+            self.proven.insert(node);
+        } else {
+            self.proven.remove(&node);
+        }
         if generation == self.generation {
             self.strandings.insert(node, evidence.clone());
         }
@@ -196,7 +202,10 @@ impl State {
             |node: &NodeId| self.members.get(node).is_some_and(|member| member.trainer.has_state());
         let living: Vec<NodeId> = ranks.keys().copied().filter(lives).collect();
         effects.extend(living.iter().map(|&node| Effect::Leave { node, generation }));
-        self.interrupted(now, cause, effects);
+        // One that ended before, and whose last trainer was to write a checkpoint, has its verdict.
+        if self.interruption.as_ref().is_none_or(|before| before.generation != generation) {
+            self.interrupted(now, cause, effects);
+        }
         if let Phase::Training { ranks, left, stopping: Some(_) } = &mut self.phase {
             // Each of those who are left stops by itself.
             effects.push(Effect::Note(why));

@@ -111,18 +111,21 @@ impl State {
         }
     }
 
-    /// Whether only those who are to go have a state. Then one of them writes it down, and the run stops.
-    pub(super) fn only_leaving_have_state(&self, chosen: &[NodeId]) -> Option<String> {
-        let has = |node: &NodeId| self.members.get(node).is_some_and(|m| m.trainer.has_state());
-        let (_, (_, reason)) = self.leaving.iter().find(|(node, _)| has(node))?;
-        (!chosen.iter().any(has)).then(|| reason.clone())
+    /// Whether those who are to go may have the only state there is. Then they are needed once more.
+    pub(super) fn only_leaving_have_state(&self, chosen: &[NodeId]) -> bool {
+        let trainer = |node: &NodeId| self.members.get(node).map(|member| member.trainer);
+        let has = |node: &NodeId| trainer(node).is_some_and(Trainer::has_state);
+        let sure = |node: &NodeId| has(node) && self.proven.contains(node);
+        self.leaving.keys().any(has) && !chosen.iter().any(sure)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::super::events::Event;
-    use super::super::super::state_tests::{elastic, joined, limits, progressed, started};
+    use super::super::super::state_tests::{
+        elastic, joined, limits, progressed, started, stranded,
+    };
     use super::*;
     use crate::coordinator::events::Limits;
     use crate::coordinator::state::State;
@@ -210,25 +213,23 @@ mod tests {
 
     /// Its peers die before they have made a step without it: what it has is all there is.
     #[test]
-    fn a_state_that_only_the_leaving_have_is_written_down() {
+    fn a_state_that_only_the_leaving_have_is_handed_on_first() {
         let mut state = elastic(1, 2);
         let generation = state.generation().0;
         state.apply(at(1.0), progressed(0, generation));
         state.apply(at(2.0), wanted(1));
         assert_eq!(started(&state.apply(at(3.0), Event::Tick)), [0]);
-        let gone = Event::Left { node: NodeId(0), incarnation: "0.0".to_owned() };
-        state.apply(at(3.1), gone);
-        state.apply(at(3.2), joined(0, 1));
-        let effects = (32..80).flat_map(|tenth| {
-            state.apply(at(f64::from(tenth) / 10.0), Event::Heard { node: NodeId(1) });
-            state.apply(at(f64::from(tenth) / 10.0), Event::Heard { node: NodeId(0) });
-            state.apply(at(f64::from(tenth) / 10.0), Event::Tick)
-        });
-        let effects: Vec<Effect> = effects.collect();
-        let stop = effects.iter().find_map(|effect| match effect {
-            Effect::CheckpointAndStop { node, .. } => Some(node.0),
-            _ => None,
-        });
-        assert_eq!((stop, started(&effects)), (Some(1), vec![]), "{effects:?}");
+        state.apply(at(3.05), stranded(1, generation, 1));
+        state.apply(at(3.1), Event::Left { node: NodeId(0), incarnation: "0.0".to_owned() });
+        // Another agent comes in its place, with nothing.
+        let effects = state.apply(at(3.2), joined(0, 1));
+        assert_eq!((started(&effects), stops(&effects)), (vec![1], 0), "{effects:?}");
+        let effects = state.apply(at(3.3), Event::TrainerStandby { node: NodeId(0) });
+        assert_eq!(started(&effects), [0, 1]);
+        let generation = state.generation().0;
+        assert!(released(&state.apply(at(4.0), progressed(0, generation))).is_empty());
+        assert_eq!(started(&state.apply(at(4.1), Event::Tick)), [0]);
+        let generation = state.generation().0;
+        assert_eq!(released(&state.apply(at(5.0), progressed(0, generation))), [1]);
     }
 }

@@ -115,8 +115,9 @@ class ControlPlane:
         return [pod for pod in found["items"] if "deletionTimestamp" not in pod["metadata"]]
 
     def close(self):
-        for process in reversed(self.processes):
-            process.terminate()
+        """Nothing of it is to be kept: an API server that is asked kindly waits for its etcd."""
+        for process in self.processes:
+            process.kill()
         for process in self.processes:
             process.wait()
 

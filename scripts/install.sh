@@ -18,7 +18,9 @@ for binary in cpcr cpcr-launch cpcr-engine; do
     chmod 755 "$target/bin/$binary"
 done
 
-if ldd "$libtorch/lib/libtorch_cuda.so" 2>/dev/null | grep -q 'not found'; then
+# Not piped into `grep -q`, which may leave ldd with a broken pipe.
+wanted=$(ldd "$libtorch/lib/libtorch_cuda.so" 2>&1 || true)
+if [[ $wanted = *"not found"* ]]; then
     files=$(ldd target/release/cpcr-engine | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p' | xargs -n1 realpath -s | grep "^$set/" || true)
 else
     [ ! -f target/release/libcpcr_nccl.so ] || install -m 755 target/release/libcpcr_nccl.so "$target/bin/"

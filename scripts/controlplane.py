@@ -30,7 +30,7 @@ import urllib.request
 
 from chaos import Violation, tail, wait_for
 from chaos_net import Network, address, why_not
-from pods import FOLDER, Pod, TOOLS, binaries_and_libraries
+from pods import FOLDER, Pod, TOOLS, binaries_and_libraries, kinds
 
 RUN_S_MAX = 900
 NAMESPACE, NODE = "trial", "node-a"
@@ -313,9 +313,8 @@ def tested(plane, kubelet):
                                                if p["status"]["phase"] == "Running" and p["metadata"]["uid"] != coordinator["metadata"]["uid"]]))
     print(f"killed {coordinator['metadata']['name']}: its Job has made another", file=sys.stderr)
     until("both Jobs complete", lambda: len(completed(plane)) == 2, RUN_S_MAX)
-    kinds = [json.loads(path.read_text())["cause"]["kind"] for path in (run / "interruptions").glob("*.json")]
-    print(f"both Jobs are complete; the run's records of interruptions: {', '.join(kinds)}", file=sys.stderr)
-    if "given-back" not in kinds:
+    print(f"both Jobs are complete; the run's records of interruptions: {', '.join(kinds(run))}", file=sys.stderr)
+    if "given-back" not in kinds(run):
         raise Violation("the deleted pod was not given back alone")
     plane.kubectl("delete", "jobs", "--all")
     plane.kubectl("apply", "-k", FOLDER / "overlays" / "trial")

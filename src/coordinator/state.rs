@@ -225,13 +225,8 @@ impl State {
             }
             Event::Recorded(recorded) => self.recorded(recorded, &mut effects),
             Event::ReceiptsMissing { generation } => self.attest(generation, &mut effects),
-            Event::LedgerLost { status, reason } => {
-                if !matches!(self.phase, Phase::Finished { .. }) {
-                    self.finish(status, reason, &mut effects);
-                }
-            }
+            Event::LedgerLost { status, reason } => self.ledger_lost(status, reason, &mut effects),
             Event::NodeWanted { node, reason } => {
-                self.heard(now, node);
                 self.release_requested(now, node, reason, &mut effects);
             }
             Event::StopRequested { reason } => self.stop_requested(now, reason, &mut effects),
@@ -240,6 +235,12 @@ impl State {
         self.maybe_start(now, &mut effects);
         self.prepare_idle(&mut effects);
         effects
+    }
+
+    fn ledger_lost(&mut self, status: i32, reason: String, effects: &mut Vec<Effect>) {
+        if !matches!(self.phase, Phase::Finished { .. }) {
+            self.finish(status, reason, effects);
+        }
     }
 
     /// Tells the trainers of this generation what the ledger holds of it.

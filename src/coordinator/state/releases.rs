@@ -23,6 +23,7 @@ impl State {
         reason: String,
         effects: &mut Vec<Effect>,
     ) {
+        self.heard(now, node);
         if matches!(self.phase, Phase::Finished { .. }) || self.stop.is_some() {
             return; // it hears of the end
         }

@@ -83,3 +83,11 @@ fn what_does_not_add_up_is_refused() {
     assert!(refused(older).contains("palettes in format 3"));
     assert!(Manifest::parse(b"[]").is_err());
 }
+
+/// What the fuzzer found: the JSON library's quick reader of numbers takes this spacing for its neighbour.
+#[test]
+fn numbers_are_read_as_they_were_written() {
+    let written = "1.3616256713867185";
+    let read: f64 = serde_json::from_str(written).unwrap();
+    assert_eq!(read.to_bits(), written.parse::<f64>().unwrap().to_bits());
+}

@@ -8,6 +8,7 @@
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -408,8 +409,11 @@ fn an_abort_ends_a_wait_in_the_midst_of_a_transfer() {
     let meeting = Meeting::new();
     for round in 0..100u64 {
         let begun = Instant::now();
+        // An abort while another rank is still joining is that rank's lost peer: not what is tried here.
+        let all_joined = Barrier::new(3);
         ranks(&meeting, &Gloo, 3, |group, _| {
             let tensor = Tensor::ones([2 << 20], (Kind::Float, Device::Cpu));
+            all_joined.wait();
             let moment = Duration::from_micros(round * 150 + 50 * u64::from(group.rank().0));
             thread::scope(|scope| {
                 let started = Instant::now();

@@ -27,6 +27,7 @@ pub mod statistics;
 mod stored;
 pub mod synth;
 pub mod tables;
+mod thrift;
 pub mod write;
 
 pub use dataset::{Dataset, Volume};

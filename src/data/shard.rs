@@ -26,7 +26,7 @@ use parquet::arrow::arrow_reader::{
 use parquet::arrow::{ArrowWriter, ProjectionMask};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::ParquetMetaData;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::reader::{ChunkReader, Length};
 
@@ -34,6 +34,7 @@ use super::augment::Shape;
 use super::error::DataError;
 use super::manifest::{CHANNELS_MAX, GroupEntry, ShardIndex, format_for};
 use super::palette::{self, Palette};
+use super::thrift;
 use crate::types::ObjectDigest;
 
 /// What `dtype` says of an image that is floats.
@@ -261,8 +262,11 @@ impl Length for Parts {
 impl ChunkReader for Parts {
     type T = Reader<Bytes>;
 
+    /// What the Parquet reader reads byte by byte is a page's header.
     fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
-        Ok(self.tail_of_part(start)?.reader())
+        let tail = self.tail_of_part(start)?;
+        thrift::check_page_header(&tail).map_err(ParquetError::General)?;
+        Ok(tail.reader())
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
@@ -287,10 +291,11 @@ impl ShardFooter {
     /// Parses the (verified) bytes of the footer that `index` describes.
     pub fn parse(index: &ShardIndex, footer: Bytes) -> Result<Self, DataError> {
         let shard_bytes = index.footer_offset + footer.len() as u64;
-        let footer = (index.footer_offset, footer);
-        let parts = Parts { len: shard_bytes, parts: [footer.clone(), (0, Bytes::new())] };
-        let metadata = ArrowReaderMetadata::load(&parts, ArrowReaderOptions::new())
+        let metadata =
+            metadata_of(&footer).map_err(|error| DataError::invalid(&index.object, error))?;
+        let metadata = ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
             .map_err(|error| DataError::invalid(&index.object, error))?;
+        let footer = (index.footer_offset, footer);
         if metadata.metadata().num_row_groups() != index.groups.len() {
             return Err(DataError::invalid(&index.object, "its index has other row groups"));
         }
@@ -340,6 +345,18 @@ impl ShardFooter {
         }
         Ok(rows)
     }
+}
+
+/// What `footer` says: metadata, their length in four bytes, and the four that end every Parquet file.
+fn metadata_of(footer: &[u8]) -> Result<ParquetMetaData, ParquetError> {
+    let ends_otherwise = || ParquetError::General("it does not end as a Parquet file does".into());
+    let (metadata, magic) = footer.split_last_chunk::<4>().ok_or_else(ends_otherwise)?;
+    let (metadata, length) = metadata.split_last_chunk::<4>().ok_or_else(ends_otherwise)?;
+    if magic != b"PAR1" || u32::from_le_bytes(*length) as usize != metadata.len() {
+        return Err(ends_otherwise());
+    }
+    thrift::check_metadata(metadata).map_err(ParquetError::General)?;
+    ParquetMetaDataReader::decode_metadata(metadata)
 }
 
 fn rows_of(batch: &RecordBatch) -> Result<Vec<SliceRow>, String> {

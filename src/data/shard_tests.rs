@@ -103,3 +103,16 @@ fn a_foreign_footer_is_an_error() {
     index.groups.clear();
     assert!(ShardFooter::parse(&index, footer).is_err());
 }
+
+/// Found by fuzzing: the Parquet reader counts through such lists, which take it hours.
+#[test]
+fn a_page_header_that_would_take_hours_is_refused() {
+    let shard = encode("shards/x.parquet", &rows(4, 1), 4, 1).unwrap();
+    let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+    let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+    let group = &shard.index.groups[0];
+    // Fields that are lists of 2^31 - 1 booleans each.
+    let lists = [0x19, 0xf1, 0xff, 0xff, 0xff, 0xff, 0x07].repeat(10_000);
+    let error = footer.decode(0, group, lists.into(), Labels::Decode).unwrap_err().to_string();
+    assert!(error.contains("a page header that no shard has"), "{error}");
+}

@@ -130,7 +130,7 @@ class Run:
             return False
 
     def logs(self):
-        return [path for path in self.folder.rglob("trainer-*.log")]
+        return [path for path in self.folder.rglob("trainer-*.jsonl")]
 
     def steps(self):
         """(when, step) of every step that any trainer has applied, in order of time."""

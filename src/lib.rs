@@ -9,6 +9,8 @@
 
 pub mod types;
 
+pub mod page;
+
 pub mod config;
 
 pub mod telemetry;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 /// The modules in their order: a module may use those before it, never those after it.
 const ORDER: &[&str] = &[
     "types",
+    "page",
     "config",
     "telemetry",
     "trust",

@@ -214,8 +214,9 @@ async fn retention_keeps_the_last_the_best_and_everything_if_the_newest_is_damag
     run.put("checkpoints/step-00000004/dead/model.safetensors", Bytes::new()).await.unwrap();
     run.put("checkpoints/step-00000003-not-ours", Bytes::new()).await.unwrap();
     run.put("checkpoints/step-00000009/live/model.safetensors", Bytes::new()).await.unwrap();
-    let removed = retain(&run, keeping(2), &[Step(2)]).await.unwrap();
-    assert_eq!(removed, [Step(1), Step(3)]);
+    let retained = retain(&run, keeping(2), &[Step(2)]).await.unwrap();
+    assert_eq!(retained.removed, [Step(1), Step(3)]);
+    assert_eq!(retained.verified, Some(Step(5)));
     let steps: Vec<_> = list_rows(&run).await.unwrap().iter().map(|row| row.step.0).collect();
     assert_eq!(steps, [6, 5, 4, 2]);
     assert!(!run.exists("checkpoints/step-00000004/dead/model.safetensors").await.unwrap());
@@ -243,7 +244,8 @@ async fn rows_say_what_is_known() {
 fn the_writer_serves_a_plain_thread() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let run = memory();
-    let options = WriterOptions { identity: identity(), retention: Some(keeping(2)) };
+    let options =
+        WriterOptions { identity: identity(), retention: Some(keeping(2)), written: |_| {} };
     let writer = Writer::start(runtime.handle().clone(), run.clone(), options).unwrap();
     for step in 1..=4 {
         writer.submit(Step(step), move || Ok(snapshot(step))).unwrap();

@@ -11,7 +11,9 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cpcr::telemetry::{Otlp, OtlpSettings, Phase, StepTrace, process_span, traceparent_of};
+use cpcr::telemetry::{
+    Otlp, OtlpSettings, Phase, Process, StepTrace, continues, traceparent_of,
+};
 use cpcr::types::{Rank, Step};
 use opentelemetry_otlp::Protocol;
 use prost::Message;
@@ -87,7 +89,7 @@ fn collector() -> (OtlpSettings, mpsc::Receiver<Vec<u8>>) {
 
 fn train(parent: &tracing::Span, steps: u64) {
     for step in 0..steps {
-        let mut trace = StepTrace::begin(parent, Step(step), Rank(0));
+        let mut trace = StepTrace::begin(parent, Step(step), Rank(0), true);
         for phase in Phase::ALL {
             trace.phase(phase, || tracing::info!("within the phase"));
         }
@@ -97,11 +99,11 @@ fn train(parent: &tracing::Span, steps: u64) {
 #[test]
 fn the_spans_of_a_step_arrive_as_children_of_the_launcher() {
     let (settings, bodies) = collector();
-    let otlp = Otlp::start("trainer", &settings).unwrap();
+    let otlp = Otlp::start(&Process::new("trainer"), &settings).unwrap();
     let subscriber = tracing_subscriber::registry().with(otlp.layer());
     let handed_on = tracing::subscriber::with_default(subscriber, || {
         let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        let process = process_span("trainer", Some(traceparent));
+        let process = continues(tracing::info_span!("trainer"), Some(traceparent));
         train(&process, 2);
         traceparent_of(&process).unwrap()
     });
@@ -135,11 +137,11 @@ fn the_spans_of_a_step_arrive_as_children_of_the_launcher() {
 
 /// Training and the end of the process are both bounded, whatever the collector does.
 fn costs_no_time(settings: &OtlpSettings) {
-    let otlp = Otlp::start("trainer", settings).unwrap();
+    let otlp = Otlp::start(&Process::new("trainer"), settings).unwrap();
     let subscriber = tracing_subscriber::registry().with(otlp.layer());
     let started = Instant::now();
     tracing::subscriber::with_default(subscriber, || {
-        train(&process_span("trainer", None), 2_000); // 16,000 spans: the queue overflows
+        train(&tracing::info_span!("trainer"), 2_000); // 16,000 spans: the queue overflows
     });
     let trained = started.elapsed();
     assert!(trained < Duration::from_secs(2), "2,000 steps took {trained:?}");

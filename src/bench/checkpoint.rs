@@ -93,8 +93,11 @@ pub fn run(options: &CheckpointOptions) -> Result<CheckpointReport, CheckpointBe
     let identity = RunIdentity { config_sha256: nothing.clone(), dataset_sha256: nothing };
     let retention =
         Some(crate::checkpoint::Retention { keep_last: 1, keep_every: 0, keep_best: 0 });
-    let writer =
-        Writer::start(runtime.handle().clone(), store, WriterOptions { identity, retention })?;
+    let writer = Writer::start(
+        runtime.handle().clone(),
+        store,
+        WriterOptions { identity, retention, written: |_| {} },
+    )?;
     let copies = Copies::default();
     let state: Vec<_> = nets.to_host()?.into_iter().chain(nets.momentum_to_host()?).collect();
     let from: Vec<u8> = state.into_iter().flat_map(|tensor| tensor.bytes).collect();

@@ -10,8 +10,8 @@ use cpcr::cli::{self, Failure};
 use cpcr::data::Split;
 use cpcr::data::import::nifti::SliceAxis;
 use cpcr::eval::{DistanceUnit, EmptyPolicy, report};
-use cpcr::proto::{Assignment, EXIT_DONE};
-use cpcr::telemetry::Guard;
+use cpcr::proto::{Assignment, EXIT_DONE, TrainerEvent};
+use cpcr::telemetry::{Guard, Process};
 use cpcr::trainer::{
     EvaluateOptions, ExportFormat, ExportOptions, Pick, PredictOptions, TrainerError,
 };
@@ -212,7 +212,9 @@ enum Bench {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cpcr::bridge::alloc::tune();
-    let telemetry = match cpcr::telemetry::init("trainer", None, "info") {
+    let telemetry = match cpcr::telemetry::init(&process(&arguments.command), || {
+        tracing::info_span!("trainer")
+    }) {
         Ok(guard) => guard,
         Err(error) => return cli::finish(Err(Failure::usage(error))),
     };
@@ -229,6 +231,15 @@ fn main() -> ExitCode {
         Command::Predict(predict) => cli::finish(segment(predict)),
         Command::Export(export) => cli::finish(write(export)),
         Command::Bench(bench) => cli::finish(measure(bench)),
+    }
+}
+
+/// What this process is. The agent of a trainer hears of its warnings.
+fn process(command: &Command) -> Process {
+    let warned: fn(String) = |text| cpcr::trainer::emit(&TrainerEvent::Warning { text });
+    match command {
+        Command::Trainer { .. } => Process { warned: Some(warned), ..Process::new("trainer") },
+        _ => Process::new("engine"),
     }
 }
 

@@ -4,12 +4,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cpcr::cli::{self, Failure, launch};
+use cpcr::telemetry::Process;
+use tracing::Instrument;
 
 // One thread: children must be started by the thread whose death they follow.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments = launch::Arguments::parse();
-    let _telemetry = match cpcr::telemetry::init("launcher", None, "warn") {
+    let process = Process { level: "warn", ..Process::new("launcher") };
+    let telemetry = match cpcr::telemetry::init(&process, || tracing::info_span!("launch")) {
         Ok(guard) => guard,
         Err(error) => return cli::finish(Err(Failure::usage(error))),
     };
@@ -17,5 +20,6 @@ async fn main() -> ExitCode {
     if !cpcr::worker::die_with_parent() {
         return cli::finish(Err(Failure::failed("the process that started this one is gone")));
     }
-    cli::finish(launch::launch(arguments).await)
+    let span = telemetry.span().clone();
+    cli::finish(launch::launch(arguments).instrument(span).await)
 }

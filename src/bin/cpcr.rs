@@ -5,17 +5,20 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cpcr::cli::{self, Failure, commands};
+use tracing::Instrument;
 
 // One thread: an agent's trainer must be started by the thread whose death it follows.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let arguments = commands::Arguments::parse();
-    let _telemetry = match cpcr::telemetry::init("cpcr", None, "info") {
+    let (process, span) = arguments.process();
+    let telemetry = match cpcr::telemetry::init(&process, span) {
         Ok(guard) => guard,
         Err(error) => return cli::finish(Err(Failure::usage(error))),
     };
     if !cpcr::worker::die_with_parent() {
         return cli::finish(Err(Failure::failed("the process that started this one is gone")));
     }
-    cli::finish(commands::run(arguments).await)
+    let span = telemetry.span().clone();
+    cli::finish(commands::run(arguments).instrument(span).await)
 }

@@ -48,6 +48,23 @@ pub fn device_count() -> u32 {
     }
 }
 
+/// Bytes of the current GPU's memory that are in use, by whichever process; none where the driver does not say, or the
+/// calling thread has used no GPU.
+#[must_use]
+pub fn memory_used() -> Option<u64> {
+    type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> c_int;
+    static ASK: OnceLock<Option<MemGetInfo>> = OnceLock::new();
+    let ask = ASK.get_or_init(|| {
+        let symbol = open_library("libcuda.so.1").ok()?.symbol(c"cuMemGetInfo_v2")?;
+        // SAFETY: that is the driver's function of this signature, stable since CUDA 3.2; its library stays open.
+        Some(unsafe { std::mem::transmute::<*mut c_void, MemGetInfo>(symbol) })
+    });
+    let (mut free, mut total) = (0_usize, 0_usize);
+    // SAFETY: both pointers are valid for the call; without a context it answers with an error.
+    let status = unsafe { (*ask)?(&raw mut free, &raw mut total) };
+    (status == 0).then(|| total.saturating_sub(free) as u64)
+}
+
 /// A shared object that stays open.
 #[derive(Clone, Copy)]
 pub(super) struct Library(*mut c_void);

@@ -27,6 +27,6 @@ pub use manifest::{
     manifest_path, parse_step, step_folder,
 };
 pub use reader::{Checkpoint, latest, latest_state, load, load_latest, read_manifest, verify};
-pub use retention::{Retention, plan, retain};
+pub use retention::{Retained, Retention, plan, retain};
 pub use seal::{seal, unseal};
-pub use writer::{Outcome, RunIdentity, Snapshot, Writer, WriterOptions, write};
+pub use writer::{Outcome, RunIdentity, Snapshot, Writer, WriterOptions, Written, write};

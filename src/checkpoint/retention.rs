@@ -53,6 +53,15 @@ pub fn plan(
     remove
 }
 
+/// What [`retain`] has done.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Retained {
+    /// The newest whole checkpoint, read back.
+    pub verified: Option<Step>,
+    /// Those that are gone.
+    pub removed: Vec<Step>,
+}
+
 /// Carries out the plan and clears what unfinished attempts left behind; says what was removed.
 ///
 /// For the run's one writer: an attempt of a step older than the newest whole checkpoint is taken
@@ -62,16 +71,16 @@ pub async fn retain(
     run: &Store,
     retention: Retention,
     best: &[Step],
-) -> Result<Vec<Step>, CheckpointError> {
-    let Some(newest) = latest(run).await? else { return Ok(Vec::new()) };
+) -> Result<Retained, CheckpointError> {
+    let Some(newest) = latest(run).await? else { return Ok(Retained::default()) };
     let steps: BTreeSet<Step> = steps_down(run).await?.into_iter().collect();
-    let remove = plan(&steps, newest.step, best, retention);
-    for &step in &remove {
+    let removed = plan(&steps, newest.step, best, retention);
+    for &step in &removed {
         run.delete(&manifest_path(step)).await?;
         run.delete_prefix(&step_folder(step)).await?;
     }
     clear_orphans(run, &newest).await?;
-    Ok(remove)
+    Ok(Retained { verified: Some(newest.step), removed })
 }
 
 /// Removes objects that no manifest names, in folders of steps up to `newest`.

@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
+use tracing::Span;
 
 use super::error::CheckpointError;
 use super::host_tensor::{NamedTensors, encode_tensors};
@@ -24,6 +25,7 @@ use super::manifest::{
 use super::reader::{read_manifest, verify};
 use super::retention::{Retention, retain};
 use crate::store::{Created, Store, unique_id};
+use crate::telemetry::Past;
 use crate::types::{ObjectDigest, Step, WorldSize};
 
 /// Outcomes kept for a flush that may never come.
@@ -66,6 +68,23 @@ pub struct WriterOptions {
     pub identity: RunIdentity,
     /// Applied after every checkpoint; `None` keeps all.
     pub retention: Option<Retention>,
+    /// Told of every checkpoint, on the writer's thread.
+    pub written: fn(&Written),
+}
+
+/// A checkpoint that is committed.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Whether it was read back, by its hashes.
+    pub verified: bool,
+    /// When its writer began with it.
+    pub began: SystemTime,
+    /// When its manifest was there.
+    pub committed: SystemTime,
+    /// The span that handed it over.
+    pub cause: Past,
 }
 
 /// What became of a snapshot.
@@ -182,7 +201,7 @@ pub struct Writer {
 type Make = Box<dyn FnOnce() -> Result<Snapshot, CheckpointError> + Send>;
 
 enum Order {
-    Write(Step, Make),
+    Write(Step, Past, Make),
     Flush(SyncSender<Result<Vec<Outcome>, CheckpointError>>),
 }
 
@@ -214,7 +233,7 @@ impl Writer {
         if self.failed.swap(false, Ordering::Acquire) {
             self.flush(|| {})?;
         }
-        self.order(Order::Write(step, Box::new(make)))
+        self.order(Order::Write(step, Past::below(&Span::current()), Box::new(make)))
     }
 
     /// Waits until everything submitted is committed, calling `waiting` about every second: what
@@ -264,8 +283,9 @@ fn serve(
     let mut since_flush: Result<Vec<Outcome>, CheckpointError> = Ok(Vec::new());
     for order in queue {
         match order {
-            Order::Write(step, make) => {
-                let write = |snapshot| runtime.block_on(write_and_retain(run, options, &snapshot));
+            Order::Write(step, cause, make) => {
+                let write =
+                    |snapshot| runtime.block_on(write_and_retain(run, options, &snapshot, cause));
                 match make().and_then(write) {
                     Ok(outcome) => {
                         if let Ok(outcomes) = &mut since_flush {
@@ -296,13 +316,21 @@ async fn write_and_retain(
     run: &Store,
     options: &WriterOptions,
     snapshot: &Snapshot,
+    cause: Past,
 ) -> Result<Outcome, CheckpointError> {
+    let began = SystemTime::now();
     let outcome = write(run, &options.identity, snapshot).await?;
-    if let Some(retention) = options.retention
-        && let Err(error) = retain(run, retention, &snapshot.best).await
-    {
-        // The checkpoint is there; old ones are cleared after the next.
-        tracing::warn!(run = %run, %error, "old checkpoints were not removed");
+    let committed = SystemTime::now();
+    let mut verified = false;
+    if let Some(retention) = options.retention {
+        match retain(run, retention, &snapshot.best).await {
+            // It has read the newest one back before it removed any.
+            Ok(retained) => verified = retained.verified == Some(snapshot.step),
+            // The checkpoint is there; old ones are cleared after the next.
+            Err(error) => tracing::warn!(run = %run, %error, "old checkpoints were not removed"),
+        }
     }
+    let (Outcome::Written(manifest) | Outcome::AlreadyThere(manifest)) = outcome.clone();
+    (options.written)(&Written { manifest, verified, began, committed, cause });
     Ok(outcome)
 }

@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command as Process;
+use std::process::Command as Program;
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
+use tracing::Span;
 
 use super::bench::{self, DataArguments};
 use super::compare::{self, CompareArguments};
@@ -19,6 +20,7 @@ use crate::store::{
     FaultPlan, FaultProxy, InjectedFault, S3ServerError, S3ServerOptions, Store, StoreOptions,
     serve,
 };
+use crate::telemetry::Process;
 use crate::telemetry::probe::{self, Sign};
 use crate::worker::PARENT_VARIABLE;
 
@@ -61,6 +63,8 @@ enum Command {
         #[arg(long)]
         state: PathBuf,
     },
+    /// Prints the password of the run's page beyond loopback, by the token in this process's environment.
+    PagePassword,
     /// Tells what this machine lacks.
     Doctor {
         /// A store to probe.
@@ -165,6 +169,21 @@ enum Checkpoints {
     },
 }
 
+impl Arguments {
+    /// What this process is, and the span of its life. An agent has one when its coordinator has told it of the run's.
+    #[must_use]
+    pub fn process(&self) -> (Process, fn() -> Span) {
+        let none: fn() -> Span = Span::none;
+        match &self.command {
+            Command::Coordinator(arguments) => {
+                (serve::coordinator_process(arguments.run()), || tracing::info_span!("run"))
+            }
+            Command::Worker(arguments) => (arguments.process(), none),
+            _ => (Process::new("cpcr"), none),
+        }
+    }
+}
+
 /// Runs `cpcr`; the result is the exit status.
 ///
 /// # Errors
@@ -183,6 +202,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Predict { rest } => engine("predict", &rest),
         Command::Export { rest } => engine("export", &rest),
         Command::Probe { what, state } => probed(&what, &state),
+        Command::PagePassword => page_password(),
         Command::Bench(Bench::Step { rest }) => engine_bench("step", rest),
         Command::Bench(Bench::Checkpoint { rest }) => engine_bench("checkpoint", rest),
         Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
@@ -194,6 +214,15 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
 fn probed(what: &str, folder: &Path) -> Result<i32, Failure> {
     let sign = if what == "alive" { Sign::Alive } else { Sign::Ready };
     probe::look(folder, sign).map(|()| EXIT_DONE).map_err(Failure::failed)
+}
+
+fn page_password() -> Result<i32, Failure> {
+    let trust = serve::trust()?;
+    let password = trust.page_password().ok_or_else(|| {
+        Failure::usage("CPCR_JOIN_TOKEN, or CPCR_JOIN_TOKEN_FILE, is wanted: the run's token")
+    })?;
+    super::print(&format!("{password}\n"))?;
+    Ok(EXIT_DONE)
 }
 
 fn engine_bench(what: &str, rest: Vec<String>) -> Result<i32, Failure> {
@@ -269,7 +298,7 @@ async fn diagnose(store: Option<&str>, json: bool) -> Result<i32, Failure> {
 
 /// Runs a command of `cpcr-engine` and passes its status on.
 fn engine(command: &str, rest: &[String]) -> Result<i32, Failure> {
-    let status = Process::new(sibling("cpcr-engine")?)
+    let status = Program::new(sibling("cpcr-engine")?)
         // Not the parent of this process, which its environment may name.
         .env(PARENT_VARIABLE, std::process::id().to_string())
         .arg(command)

@@ -11,6 +11,7 @@ pub use super::launch_arguments::Arguments;
 use super::launch_arguments::Place;
 use super::local::{Agent, Family};
 use super::run::{self, BackendArgument, NodeRange, absolute};
+use super::serve::Dashboard;
 use super::ssh::{SSH_FAILED, Way};
 use super::view::{View, ask_to_stop, follow};
 use super::{Failure, named, sibling, tell, threads_each};
@@ -20,6 +21,7 @@ use crate::proto::wire::RunStatus;
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
 use crate::store::{Store, StoreOptions};
 use crate::telemetry::progress::{Outcome, Progress};
+use crate::telemetry::{TRACEPARENT, traceparent_of};
 use crate::trust::{JoinToken, TOKEN_VARIABLE, Trust};
 
 /// How long an agent may take to leave once the run has ended.
@@ -33,6 +35,7 @@ struct Plan {
     nodes: NodeRange,
     spares: u32,
     backend: BackendArgument,
+    dashboard: Dashboard,
     /// GPUs of this machine, one for each agent as far as they go.
     gpus: Vec<String>,
     /// Where the agents are, by node; here if there are none.
@@ -86,6 +89,10 @@ pub async fn launch(arguments: Arguments) -> Result<i32, Failure> {
         let token = plan.security.token.expose().to_owned();
         plan.family.environment.push((TOKEN_VARIABLE.to_owned(), token));
     }
+    // The coordinator's trace, and that of one that follows it, are below this process's.
+    if let Some(context) = traceparent_of(&tracing::Span::current()) {
+        plan.family.environment.push((TRACEPARENT.to_owned(), context));
+    }
     let options = options(&plan);
     plan.config =
         run::prepare(plan.config, &plan.run, plan.nodes.max, arguments.resume, &options).await?;
@@ -138,12 +145,13 @@ fn plain(
         folder.clone().unwrap_or_else(|| PathBuf::from("runs").join(&config.name)).join("logs");
     let report = folder.map(|folder| folder.join("report/index.html"));
     let family = Family { logs, environment: Vec::new() };
-    let Arguments { spares, backend, .. } = *arguments;
+    let Arguments { spares, backend, dashboard, .. } = *arguments;
     Plan {
         config,
         nodes,
         spares,
         backend,
+        dashboard,
         gpus,
         hosts: arguments.hosts.clone(),
         here: arguments.address.clone(),
@@ -190,12 +198,13 @@ async fn demonstrate(
     config.data.url = Some("s3://cpcr/data".to_owned());
     let report = Some(folder.join("bucket/cpcr/run/report/index.html"));
     let run = "s3://cpcr/run".to_owned();
-    let Arguments { spares, backend, .. } = *arguments;
+    let Arguments { spares, backend, dashboard, .. } = *arguments;
     let plan = Plan {
         config,
         nodes,
         spares,
         backend,
+        dashboard,
         gpus,
         hosts: arguments.hosts.clone(),
         here: arguments.address.clone(),
@@ -230,10 +239,12 @@ struct Processes<'a> {
     address: SocketAddr,
     agents: Vec<Option<Agent>>,
     restarts_left: u32,
+    /// Where the page is: a coordinator that follows shows it there, too.
+    dashboard: Dashboard,
 }
 
 impl Processes<'_> {
-    fn coordinator_arguments(plan: &Plan, listen: &str) -> Vec<String> {
+    fn coordinator_arguments(plan: &Plan, listen: &str, dashboard: Dashboard) -> Vec<String> {
         [
             "coordinator".to_owned(),
             format!("--listen={listen}"),
@@ -241,6 +252,7 @@ impl Processes<'_> {
             format!("--spares={}", plan.spares),
             format!("--run={}", plan.run),
             format!("--backend={}", named(plan.backend)),
+            format!("--dashboard={dashboard}"),
         ]
         .to_vec()
     }
@@ -314,7 +326,7 @@ impl Processes<'_> {
                 self.spend("the coordinator died")?;
                 progress.note("the coordinator died; starting it again (training goes on)");
                 let listen = self.address.to_string();
-                let arguments = Self::coordinator_arguments(self.plan, &listen);
+                let arguments = Self::coordinator_arguments(self.plan, &listen, self.dashboard);
                 let family = &self.plan.family;
                 (self.coordinator, _) = family.server("coordinator.log", &arguments).await?;
             }
@@ -394,10 +406,11 @@ impl Processes<'_> {
 /// From the first process to the last.
 async fn supervise(plan: &Plan) -> Result<i32, Failure> {
     let listen = if plan.hosts.is_empty() { "127.0.0.1:0" } else { "0.0.0.0:0" };
-    let arguments = Processes::coordinator_arguments(plan, listen);
+    let arguments = Processes::coordinator_arguments(plan, listen, plan.dashboard);
     let (coordinator, address) = plan.family.server("coordinator.log", &arguments).await?;
     let restarts_left = plan.config.recovery.restarts;
-    let mut processes = Processes { plan, coordinator, address, agents: Vec::new(), restarts_left };
+    let (agents, dashboard) = (Vec::new(), plan.dashboard);
+    let mut processes = Processes { plan, coordinator, address, agents, restarts_left, dashboard };
     for node in 0..plan.nodes.max + plan.spares {
         let child = processes.agent(node).await?;
         processes.agents.push(Some(child));
@@ -420,6 +433,7 @@ async fn supervise(plan: &Plan) -> Result<i32, Failure> {
                 let status = updates.borrow_and_update().clone();
                 let step = shown.state.step;
                 shown.show(&status, &mut progress);
+                processes.dashboard = shown.dashboard().unwrap_or(processes.dashboard);
                 if shown.state.step > step {
                     // What gets on may be restarted again.
                     processes.restarts_left = plan.config.recovery.restarts;

@@ -4,6 +4,7 @@ use clap::{Parser, ValueEnum};
 
 use super::manifests::{ClusterRun, manifests};
 use super::run::{BackendArgument, NodeRange, Resume};
+use super::serve::Dashboard;
 use super::{Failure, gpus, print};
 use crate::config::RunConfig;
 use crate::proto::EXIT_DONE;
@@ -58,6 +59,10 @@ pub struct Arguments {
     /// Which collectives; `auto` takes NCCL if every trainer has a GPU of its own, else Gloo.
     #[arg(long, default_value = "auto", value_enum)]
     pub(super) backend: BackendArgument,
+    /// Where the run's page and its metrics are to be seen: an address, or `off`. Beyond loopback they want a token of
+    /// yours and a password (`cpcr page-password`).
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR|off")]
+    pub(super) dashboard: Dashboard,
 }
 
 impl Arguments {

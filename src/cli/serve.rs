@@ -7,11 +7,15 @@ use std::time::Duration;
 
 use super::run::{self, BackendArgument, NodeRange, Resume};
 use super::{Failure, gpus, sibling, slurm, threads_each};
-use crate::config::{self, ConfigSource};
+use crate::config::{self, ConfigSource, RunConfig};
+use crate::coordinator::board::serve::{self, BoardServer, SharedBoard, unix_now};
+use crate::coordinator::board::{Board, Facts, meter};
 use crate::coordinator::{LedgerPlace, events::Limits, service};
+use crate::page;
 use crate::proto::{EXIT_DONE, EXIT_RESUMABLE};
-use crate::store::{Store, StoreOptions};
+use crate::store::{Store, StoreError, StoreOptions};
 use crate::telemetry::probe::Signs;
+use crate::telemetry::{self, Process};
 use crate::trust::Trust;
 use crate::types::{NodeId, Step};
 use crate::worker::{AgentError, AgentOptions, ChildOptions, run_agent};
@@ -57,6 +61,44 @@ pub struct CoordinatorArguments {
     /// A folder for signs of life, for `cpcr probe`.
     #[arg(long)]
     state: Option<PathBuf>,
+    /// Where the run's page and its metrics are to be seen: an address, or `off`. Beyond loopback they want the token
+    /// and a password (`cpcr page-password`).
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDR|off")]
+    dashboard: Dashboard,
+}
+
+/// Where the page is to be seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dashboard(pub Option<SocketAddr>);
+
+impl std::str::FromStr for Dashboard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self(None)),
+            address => address
+                .parse()
+                .map(|address| Self(Some(address)))
+                .map_err(|_| "an address like 127.0.0.1:8080, or `off`, is wanted".to_owned()),
+        }
+    }
+}
+
+impl std::fmt::Display for Dashboard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(address) => address.fmt(f),
+            None => f.write_str("off"),
+        }
+    }
+}
+
+impl CoordinatorArguments {
+    /// The run's folder.
+    pub(super) fn run(&self) -> &str {
+        &self.run
+    }
 }
 
 /// What `cpcr worker` is told.
@@ -89,6 +131,20 @@ pub struct WorkerArguments {
     /// Ends when its input does: for a worker at the end of an ssh connection.
     #[arg(long, hide = true)]
     while_stdin: bool,
+}
+
+impl WorkerArguments {
+    /// What the process is.
+    pub(super) fn process(&self) -> Process {
+        let node = self.node.map(|node| ("cpcr.node", node.to_string()));
+        let attributes = std::iter::once(("cpcr.run", self.run.clone())).chain(node).collect();
+        Process { attributes, ..Process::new("worker") }
+    }
+}
+
+/// What a coordinator is.
+pub(super) fn coordinator_process(run: &str) -> Process {
+    Process { attributes: vec![("cpcr.run", run.to_owned())], ..Process::new("coordinator") }
 }
 
 /// Ends this process (75) when whoever holds its input is gone; trainers end with their agent.
@@ -126,6 +182,7 @@ pub(super) fn announce(address: SocketAddr) -> Result<(), Failure> {
 pub async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
     let trust = trust()?;
     trust.may_listen(a.listen).map_err(Failure::usage)?;
+    a.dashboard.0.map_or(Ok(()), |address| trust.may_listen(address)).map_err(Failure::usage)?;
     let signs = signs(a.state)?;
     let options = StoreOptions::default();
     let config = match a.config {
@@ -162,12 +219,72 @@ pub async fn coordinator(a: CoordinatorArguments) -> Result<i32, Failure> {
         .await
         .map_err(|e| Failure::failed(format!("cannot listen on {}: {e}", a.listen)))?;
     announce(listener.local_addr().map_err(Failure::failed)?)?;
+    let board = board(&config, &a.run, &ledger.run).await;
+    let metrics = telemetry::metrics(&coordinator_process(&a.run)).map_err(Failure::usage)?;
+    if let Some(metrics) = &metrics {
+        meter::observe(&metrics.meter(), board.inner());
+    }
+    let page = show(a.dashboard, &trust, &board, &ledger.run).await;
+    let url = page.as_ref().map(|page| page.url.clone()).unwrap_or_default();
     let stop = super::signals::interrupted();
-    let outcome = service::serve((listener, trust), limits, ledger, signs, stop)
+    let outcome = service::serve((listener, trust), limits, ledger, (signs, board, url), stop)
         .await
         .map_err(Failure::failed)?;
+    if let Some(page) = page {
+        page.end().await;
+    }
     tracing::info!(status = outcome.status, "{}", outcome.reason);
     Ok(outcome.status)
+}
+
+/// The run's board, with what an earlier coordinator wrote down of it. The run does without where that cannot be read.
+async fn board(config: &RunConfig, url: &str, run: &Store) -> SharedBoard {
+    let before = match run.get(page::SEEN_PATH).await {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .inspect_err(|error| tracing::warn!(%error, "`{}` is damaged", page::SEEN_PATH))
+            .ok(),
+        Err(StoreError::NotFound { .. }) => None,
+        Err(error) => {
+            tracing::warn!(%error, "`{}` cannot be read", page::SEEN_PATH);
+            None
+        }
+    };
+    let facts = Facts {
+        run: page::Run {
+            name: config.name.clone(),
+            url: url.to_owned(),
+            data: config.data.url.clone().unwrap_or_default(),
+            method: config.method.name(),
+            classes: Vec::new(),
+            steps: config.train.iterations,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        loader_threads: config.loader.threads,
+        checkpoint_every: config.checkpoint.every,
+    };
+    SharedBoard::new(Board::new(facts, before, unix_now()))
+}
+
+/// Starts the page. Training does without where it cannot be had: its address may be taken.
+async fn show(
+    wanted: Dashboard,
+    trust: &Trust,
+    board: &SharedBoard,
+    run: &Store,
+) -> Option<BoardServer> {
+    let address = wanted.0?;
+    let listener = match tokio::net::TcpListener::bind(address).await {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::warn!(%error, "the run's page cannot be served on {address}");
+            return None;
+        }
+    };
+    let page = serve::start(listener, trust, board.clone(), run.clone());
+    let page = page.inspect_err(|error| tracing::warn!(%error, "the run's page cannot be served"));
+    let page = page.ok()?;
+    tracing::info!("dashboard: {}", page.url);
+    Some(page)
 }
 
 /// Serves a node as its agent.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use super::serve::Dashboard;
 use crate::proto::wire::coordinator_client::CoordinatorClient;
 use crate::proto::wire::{RunStatus, StopRequest, WatchRequest};
 use crate::proto::{Doing, TrainerEvent};
@@ -45,6 +46,8 @@ pub(super) struct View {
     pub(super) state: ProgressState,
     notes: usize,
     pub(super) reason: String,
+    /// Where the run's page is.
+    dashboard: String,
     /// Where the time went, as JSON.
     pub(super) goodput: String,
     /// The last validation's Dice by class, the mean last.
@@ -52,10 +55,22 @@ pub(super) struct View {
 }
 
 impl View {
+    /// The address of the run's page, once it is known.
+    pub(super) fn dashboard(&self) -> Option<Dashboard> {
+        let address = self.dashboard.split_once("://")?.1.trim_end_matches('/');
+        address.parse().ok().map(|address| Dashboard(Some(address)))
+    }
+
     /// Takes up what the coordinator says.
     pub(super) fn show(&mut self, status: &RunStatus, progress: &mut Progress) {
         if status.notes.len() < self.notes {
             self.notes = 0; // another coordinator
+        }
+        if status.dashboard != self.dashboard {
+            self.dashboard.clone_from(&status.dashboard);
+            if !self.dashboard.is_empty() {
+                progress.note(&format!("dashboard: {}", self.dashboard));
+            }
         }
         for note in &status.notes[self.notes..] {
             progress.note(note);

@@ -10,8 +10,8 @@ mod sections;
 
 pub use load::{ConfigSource, PRESETS, load, preset};
 pub use sections::{
-    Batch, Checkpoint, Data, Loader, Loss, LrSchedule, Method, Model, Precision, Recovery, Train,
-    UpMode, Validate,
+    Batch, Checkpoint, Data, Loader, Loss, LrSchedule, Method, Model, Precision, Recovery,
+    Telemetry, Train, UpMode, Validate,
 };
 
 use std::collections::BTreeMap;
@@ -74,6 +74,8 @@ pub struct RunConfig {
     pub loader: Loader,
     /// What happens after a loss.
     pub recovery: Recovery,
+    /// What it shows of itself.
+    pub telemetry: Telemetry,
 }
 
 impl Default for RunConfig {
@@ -91,6 +93,7 @@ impl Default for RunConfig {
             checkpoint: Checkpoint::default(),
             loader: Loader::default(),
             recovery: Recovery::default(),
+            telemetry: Telemetry::default(),
         }
     }
 }
@@ -161,6 +164,7 @@ impl RunConfig {
             return fail("loss.ema_decay", self.loss.ema_decay.to_string(), "a number in [0, 1)");
         }
         self.validate_checkpoint()?;
+        self.validate_telemetry()?;
         self.validate_recovery()?;
         self.validate_loader()
     }
@@ -181,6 +185,21 @@ impl RunConfig {
             let why =
                 format!("a multiple of checkpoint.every, {every}, or no checkpoint is made there");
             return fail("checkpoint.keep_every", landmark.to_string(), &why);
+        }
+        Ok(())
+    }
+
+    fn validate_telemetry(&self) -> Result<(), ConfigError> {
+        let Telemetry { step_spans_s, pictures, .. } = self.telemetry;
+        if !(0.0..=86_400.0).contains(&step_spans_s) {
+            return fail(
+                "telemetry.step_spans_s",
+                step_spans_s.to_string(),
+                "0 to 86400 (seconds)",
+            );
+        }
+        if pictures > 16 {
+            return fail("telemetry.pictures", pictures.to_string(), "at most 16");
         }
         Ok(())
     }
@@ -290,8 +309,16 @@ impl RunConfig {
 }
 
 /// Keys, or the beginnings of keys, that a resumed run may change (DESIGN, "A run in the bucket").
-const CHANGEABLE: [&str; 7] =
-    ["name", "data.url", "train.iterations", "validate.", "checkpoint.", "loader.", "recovery."];
+const CHANGEABLE: [&str; 8] = [
+    "name",
+    "data.url",
+    "train.iterations",
+    "validate.",
+    "checkpoint.",
+    "loader.",
+    "recovery.",
+    "telemetry.",
+];
 
 /// Dotted keys and their values as TOML.
 fn flatten(prefix: &str, table: &toml::Table, keys: &mut BTreeMap<String, String>) {

@@ -31,6 +31,13 @@ pub enum Method {
 }
 
 impl Method {
+    /// Its name in a configuration.
+    #[must_use]
+    pub fn name(self) -> String {
+        let json = serde_json::to_value(self).ok();
+        json.and_then(|json| Some(json.as_str()?.to_owned())).unwrap_or_default()
+    }
+
     /// Every method, in the order in which they are told.
     pub const ALL: [Self; 8] = [
         Self::Supervised,
@@ -241,6 +248,26 @@ section!(
         cache_gib: u32 = 16,
     }
 );
+
+section!(
+    /// `[telemetry]`: what a run shows of itself.
+    Telemetry {
+        /// Event files for TensorBoard, in the run's folder.
+        tensorboard: bool = true,
+        /// Pictures of each validation, prediction beside truth.
+        pictures: u32 = 3,
+        /// Where traces are exported: seconds between two steps that are traced; 0: all are.
+        step_spans_s: f64 = 1.0,
+    }
+);
+
+impl Telemetry {
+    /// The time between two steps that are traced.
+    #[must_use]
+    pub fn step_spans(&self) -> Duration {
+        Duration::try_from_secs_f64(self.step_spans_s).unwrap_or_default()
+    }
+}
 
 section!(
     /// `[recovery]`: what happens after a loss.

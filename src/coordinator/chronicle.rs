@@ -1,4 +1,4 @@
-//! Verdicts and the account of time, in the run's folder: `interruptions/` and `goodput/`. Beside the owner task, which
+//! Verdicts, the account of time and what the board shows, in the run's folder: `interruptions/`, `goodput/`, `page.json`. Beside the owner task, which
 //! never waits for storage; what cannot be written is warned of, and stops nothing.
 
 use std::time::{Duration, SystemTime};
@@ -61,6 +61,14 @@ impl Chronicle {
         self.put(format!("goodput/{}.json", self.epoch), goodput);
     }
 
+    /// Writes down a document as it is, over the one before.
+    pub(super) fn document(&self, path: &str, document: &impl Serialize) {
+        match serde_json::to_vec(document) {
+            Ok(bytes) => self.send(path.to_owned(), bytes.into()),
+            Err(error) => tracing::warn!(%error, "`{path}` is not written"),
+        }
+    }
+
     fn put(&self, path: String, record: &impl Serialize) {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let dated = Dated { at_unix_s: now.unwrap_or_default().as_secs_f64(), record };
@@ -68,6 +76,10 @@ impl Chronicle {
             Ok(bytes) => Bytes::from(bytes),
             Err(error) => return tracing::warn!(%error, "`{path}` is not written"),
         };
+        self.send(path, bytes);
+    }
+
+    fn send(&self, path: String, bytes: Bytes) {
         if let Err(error) = self.entries.try_send((path, bytes)) {
             let (mpsc::error::TrySendError::Full((path, _))
             | mpsc::error::TrySendError::Closed((path, _))) = error;

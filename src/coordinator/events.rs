@@ -69,6 +69,15 @@ pub enum Progress {
     Saving,
 }
 
+/// How far a generation has got before its first step. For the record: nothing depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Milestone {
+    /// Its groups have formed.
+    Grouped,
+    /// It has its state.
+    Restored,
+}
+
 /// What happens to the coordinator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -105,6 +114,15 @@ pub enum Event {
         generation: Generation,
         /// By what.
         progress: Progress,
+    },
+    /// A generation gets to where it can begin.
+    Arrived {
+        /// On which node.
+        node: NodeId,
+        /// Which one.
+        generation: Generation,
+        /// How far.
+        milestone: Milestone,
     },
     /// A trainer is prepared, and waits for a generation.
     TrainerStandby {

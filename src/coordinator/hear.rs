@@ -6,6 +6,8 @@ use std::time::Duration;
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 
+use super::board::serve::SharedBoard;
+use super::board::{Board, Facts, prometheus_text};
 use super::events::Limits;
 use super::records::{self, LedgerPlace};
 use super::service::{Input, event_of};
@@ -25,6 +27,7 @@ pub async fn hear(limits: Limits, mut messages: &[u8]) {
     };
     let mut state = State::new(limits);
     let (status, _watched) = watch::channel(wire::RunStatus::default());
+    let board = SharedBoard::new(Board::new(Facts::default(), None, 0.0));
     let mut agents = BTreeMap::new();
     let (mut node, mut connection) = (NodeId(0), 0);
     let mut now = Duration::ZERO;
@@ -42,8 +45,12 @@ pub async fn hear(limits: Limits, mut messages: &[u8]) {
             kind => Input::Message { node, kind },
         };
         now += Duration::from_millis(100);
-        if let Some(event) = event_of(input, &mut agents, &records, &status) {
+        if let Some(event) = event_of(input, &mut agents, &records, (&status, &board)) {
             let _effects = state.apply(now, event);
+            board.change(|board, now_unix| {
+                board.see(now_unix, &state, now);
+                drop((board.document(now_unix), prometheus_text(board, now_unix)));
+            });
         }
     }
 }

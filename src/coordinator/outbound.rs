@@ -6,12 +6,15 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
+use super::board::serve::SharedBoard;
 use super::chronicle::Chronicle;
-use super::events::Effect;
+use super::events::{Effect, Now};
 use super::reports::note;
 use super::service::Outcome;
 use super::state::{Phase, State};
+use super::traces::Traces;
 use super::verdict::Goodput;
+use crate::page;
 use crate::proto::EXIT_RESUMABLE;
 use crate::proto::wire::{self, order};
 use crate::types::{Backend, NodeId};
@@ -35,6 +38,8 @@ pub(super) struct Outbound {
     pub(super) agents: BTreeMap<NodeId, Agent>,
     pub(super) chronicle: Chronicle,
     pub(super) status: watch::Sender<wire::RunStatus>,
+    pub(super) board: SharedBoard,
+    pub(super) traces: Traces,
 }
 
 impl Outbound {
@@ -53,6 +58,8 @@ impl Outbound {
             Effect::Start { node, generation, rank, world, kv_address, backend } => {
                 let host = agents.get(&node).map(|agent| agent.host.clone()).unwrap_or_default();
                 tracing::info!(%node, %generation, %rank, %world, %backend, "start trainer");
+                self.board.change(|board, now| board.ordered(now, generation, world.0));
+                let traceparent = self.traces.generation(generation, world.0);
                 let start = wire::Start {
                     generation: generation.0,
                     rank: rank.0,
@@ -62,12 +69,21 @@ impl Outbound {
                     epoch: self.epoch.clone(),
                     nccl: backend == Backend::Nccl,
                     silence_ms,
+                    traceparent,
+                    run_traceparent: self.traces.run(),
                 };
                 send(node, order::Kind::Start(start));
             }
             Effect::Prepare { node, backend } => {
                 let nccl = backend == Backend::Nccl;
-                send(node, order::Kind::Prepare(wire::Prepare { nccl, silence_ms }));
+                send(
+                    node,
+                    order::Kind::Prepare(wire::Prepare {
+                        nccl,
+                        silence_ms,
+                        run_traceparent: self.traces.run(),
+                    }),
+                );
             }
             Effect::Leave { node, generation } => {
                 send(node, order::Kind::Leave(wire::Leave { generation: generation.0 }));
@@ -100,13 +116,40 @@ impl Outbound {
                     send(*node, order::Kind::Finish(finish));
                 }
             }
-            Effect::Note(text) => note(&self.status, text),
-            Effect::Verdict(verdict) => self.chronicle.verdict(&verdict),
+            Effect::Note(text) => self.note(text),
+            Effect::Verdict(verdict) => {
+                self.traces.recovered(&verdict);
+                self.board.change(|board, now| board.verdict(now, &verdict));
+                self.chronicle.verdict(&verdict);
+                self.keep_board();
+            }
         }
     }
 
+    /// A line for the user.
+    pub(super) fn note(&self, text: String) {
+        self.board.change(|board, now| board.note(now, &text));
+        note(&self.status, text);
+    }
+
+    /// Writes down what the board shows, for a coordinator after this one and for the report.
+    pub(super) fn keep_board(&self) {
+        let document = self.board.look(|board, now| board.document(now));
+        self.chronicle.document(page::SEEN_PATH, &document);
+    }
+
     /// Puts the state where watchers see it; at the end, how the run ended.
-    pub(super) fn publish(&self, state: &State, end: Option<(&Outcome, &Goodput)>) {
+    pub(super) fn publish(&mut self, state: &State, clock: Now, end: Option<(&Outcome, &Goodput)>) {
+        if !matches!(state.phase(), Phase::Training { .. } | Phase::Adopting { .. }) {
+            self.traces.ended();
+        }
+        self.board.change(|board, now| {
+            board.see(now, state, clock);
+            if let Some((Outcome { status, reason }, goodput)) = end {
+                board.account(goodput);
+                board.ended(now, *status, reason);
+            }
+        });
         self.status.send_if_modified(|s| {
             let before = s.clone();
             s.members = state.members();

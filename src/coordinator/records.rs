@@ -203,6 +203,8 @@ mod tests {
             terms: std::collections::BTreeMap::new(),
             images_per_s: 1.0,
             data_wait: 0.0,
+            lr: 0.0,
+            consistency: 0.0,
             receipt: Some(Receipt { step: Step(step), fingerprint: step, samples: 1 }),
         }
     }

@@ -2,18 +2,21 @@
 
 use tokio::sync::watch;
 
-use super::events::Progress;
+use super::board::serve::SharedBoard;
+use super::events::{Milestone, Progress};
 use super::records::Records;
 use crate::proto::{Doing, TrainerEvent, wire};
-use crate::types::{Generation, Step};
+use crate::types::{Generation, NodeId, Step};
 
 /// Notes kept in the status that watchers read.
 const NOTES: usize = 200;
 
 /// What a trainer's event means to the run.
 pub(super) enum Said {
-    /// It lives. Being ready is no progress: the first step may take longest of all.
+    /// It lives.
     Nothing,
+    /// Its generation has got so far. Being ready is no progress: the first step may take longest of all.
+    Arrived(Milestone),
     /// It waits for a generation.
     Standby,
     /// It has lost one.
@@ -32,10 +35,17 @@ pub(super) enum Said {
 /// are rank 0's only.
 pub(super) fn relay(
     report: &wire::TrainerReport,
+    node: NodeId,
     records: &Records,
-    status: &watch::Sender<wire::RunStatus>,
+    (status, board): (&watch::Sender<wire::RunStatus>, &SharedBoard),
 ) -> Said {
     let event = serde_json::from_str::<TrainerEvent>(&report.event);
+    if let Ok(event) = &event {
+        for line in board.change(|board, now| board.heard(now, node, event)) {
+            board.change(|board, now| board.note(now, &line));
+            note(status, line);
+        }
+    }
     if let Ok(event) = &event
         && report.rank == 0
         && !records.note(Generation(report.generation), event)
@@ -59,9 +69,14 @@ pub(super) fn relay(
                 Doing::Saving => Progress::Saving,
             })
         }
-        Ok(TrainerEvent::Ready { step, restored: true, .. }) if report.rank == 0 => {
-            note(status, format!("resumed at step {step}"));
-            Said::Nothing
+        Ok(TrainerEvent::Grouped) => Said::Arrived(Milestone::Grouped),
+        Ok(TrainerEvent::Ready { step, restored, .. }) if report.rank == 0 => {
+            if restored {
+                let line = format!("resumed at step {step}");
+                board.change(|board, now| board.note(now, &line));
+                note(status, line);
+            }
+            Said::Arrived(Milestone::Restored)
         }
         Ok(TrainerEvent::Standby) => Said::Standby,
         Ok(TrainerEvent::Stranded { generation, done, text }) => {

@@ -16,12 +16,14 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::board::serve::SharedBoard;
 use super::chronicle::{ACCOUNT_EVERY, Chronicle};
-use super::events::{Effect, Event, Limits, Running};
+use super::events::{Effect, Event, Limits, Progress, Running};
 use super::outbound::{Agent, Outbound};
 use super::records::{self, LedgerPlace, Recording, Records, Told};
 use super::reports::{Said, relay};
 use super::state::{Phase, State};
+use super::traces::Traces;
 use super::verdict::kind_of_exit;
 use crate::ledger::{COMPLETION_PATH, LedgerError, RECEIPTS_MAX, complete};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
@@ -94,7 +96,7 @@ pub(super) enum Input {
     Stop(String),
 }
 
-/// Serves a run to those whom `trust` lets in until it ends, leaving `signs` of life. `stop` ends it in good order (75) when it resolves.
+/// Serves a run to those whom `trust` lets in until it ends, leaving `signs` of life and keeping its `board`, which is to be seen at `dashboard`. `stop` ends it in good order (75) when it resolves.
 ///
 /// # Errors
 /// [`ServiceError`] if the socket fails, or the ledger is not to be had.
@@ -102,7 +104,7 @@ pub async fn serve(
     (listener, trust): (TcpListener, Trust),
     limits: Limits,
     ledger: LedgerPlace,
-    signs: Signs,
+    (signs, board, dashboard): (Signs, SharedBoard, String),
     stop: impl Future<Output = String> + Send + 'static,
 ) -> Result<Outcome, ServiceError> {
     let incoming = trust.incoming(listener, Purpose::Control)?;
@@ -111,7 +113,8 @@ pub async fn serve(
     let chronicle = Chronicle::start(ledger.run.clone(), &epoch);
     let (records, recording) = records::start(ledger.clone(), &epoch).await?;
     let (inputs, queue) = mpsc::channel(QUEUE);
-    let (status, watched) = watch::channel(wire::RunStatus { wanted, ..Default::default() });
+    let (status, watched) =
+        watch::channel(wire::RunStatus { wanted, dashboard, ..Default::default() });
     let stopper = inputs.clone();
     tokio::spawn(async move {
         let reason = stop.await;
@@ -119,7 +122,9 @@ pub async fn serve(
         drop(stopper.send(Input::Stop(reason)).await);
     });
     let silence = limits.heartbeat;
-    let outbound = Outbound { epoch, silence, agents: BTreeMap::new(), chronicle, status };
+    let traces = Traces::of(tracing::Span::current());
+    let outbound =
+        Outbound { epoch, silence, agents: BTreeMap::new(), chronicle, status, board, traces };
     let owner = tokio::spawn(own(
         State::new(limits),
         (records, recording),
@@ -196,14 +201,19 @@ async fn own(
     let mut account = tokio::time::interval(ACCOUNT_EVERY);
     loop {
         let event = tokio::select! {
-            Some(input) = queue.recv() => event_of(input, &mut outbound.agents, &records, &outbound.status),
+            Some(input) = queue.recv() => {
+                event_of(input, &mut outbound.agents, &records, (&outbound.status, &outbound.board))
+            }
             Some(told) = records.told.recv() => Some(match told {
                 Told::Recorded(recorded) => Event::Recorded(recorded),
                 Told::Missing(generation) => Event::ReceiptsMissing { generation },
                 Told::Lost { status, reason } => Event::LedgerLost { status, reason },
             }),
             _ = account.tick() => {
-                outbound.chronicle.account(&state.goodput(start.elapsed()));
+                let goodput = state.goodput(start.elapsed());
+                outbound.board.change(|board, _| board.account(&goodput));
+                outbound.chronicle.account(&goodput);
+                outbound.keep_board();
                 None
             }
             _ = tick.tick() => {
@@ -212,6 +222,8 @@ async fn own(
             }
         };
         let Some(event) = event else { continue };
+        let last =
+            matches!(&event, Event::Progressed { progress: Progress::Step { last: true, .. }, .. });
         for effect in state.apply(start.elapsed(), event) {
             // The end is told with the ledger written: a coordinator that died in between needs its workers.
             if !matches!(effect, Effect::Finish { .. }) {
@@ -228,11 +240,18 @@ async fn own(
             outbound.execute(Effect::Finish { status: code, reason });
             let goodput = state.goodput(start.elapsed());
             outbound.chronicle.account(&goodput);
-            outbound.publish(&state, Some((&outcome, &goodput)));
+            outbound.publish(&state, start.elapsed(), Some((&outcome, &goodput)));
+            outbound.keep_board();
             outbound.chronicle.end().await;
             return outcome;
         }
-        outbound.publish(&state, None);
+        outbound.publish(&state, start.elapsed(), None);
+        if last {
+            // The report, which comes next, has it too.
+            let goodput = state.goodput(start.elapsed());
+            outbound.board.change(|board, _| board.account(&goodput));
+            outbound.keep_board();
+        }
     }
 }
 
@@ -241,7 +260,7 @@ pub(super) fn event_of(
     input: Input,
     agents: &mut BTreeMap<NodeId, Agent>,
     records: &Records,
-    status: &watch::Sender<wire::RunStatus>,
+    shown: (&watch::Sender<wire::RunStatus>, &SharedBoard),
 ) -> Option<Event> {
     match input {
         Input::Joined { connection, hello, orders, host } => {
@@ -274,7 +293,7 @@ pub(super) fn event_of(
                 Some(Event::TrainerExited { node, generation, status, evidence, kind, doing })
             }
             agent_message::Kind::Report(report) => {
-                let said = relay(&report, records, status);
+                let said = relay(&report, node, records, shown);
                 let agent = agents.get_mut(&node);
                 Some(reported(node, Generation(report.generation), said, agent))
             }
@@ -307,6 +326,7 @@ fn reported(node: NodeId, generation: Generation, said: Said, agent: Option<&mut
             reason: "more receipts wait for the ledger than there is room for".to_owned(),
         },
         Said::Nothing => Event::Heard { node },
+        Said::Arrived(milestone) => Event::Arrived { node, generation, milestone },
         Said::Standby => {
             // Another process: what the one before said is not about it.
             if let Some(agent) = agent {
@@ -394,6 +414,7 @@ impl Coordinator for Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coordinator::board::{Board, Facts};
     use crate::store::{Store, StoreOptions};
 
     /// What becomes of an end of `status` if the ledger's task ends like `recording`.
@@ -416,15 +437,21 @@ mod tests {
         let place = LedgerPlace { run, checkpoint_every: 1, steps: Step(1) };
         let (records, _task) = records::start(place, "epoch").await.unwrap();
         let (status, _watched) = watch::channel(wire::RunStatus::default());
+        let board = SharedBoard::new(Board::new(Facts::default(), None, 0.0));
         let mut agents = BTreeMap::new();
         for connection in [1, 2] {
             let hello = wire::Hello { incarnation: "a".to_owned(), ..Default::default() };
             let (orders, _queue) = mpsc::channel(1);
             let input = Input::Joined { connection, hello, orders, host: String::new() };
-            assert!(event_of(input, &mut agents, &records, &status).is_some());
+            assert!(event_of(input, &mut agents, &records, (&status, &board)).is_some());
         }
         let mut left = |connection| {
-            event_of(Input::Left { connection, node: NodeId(0) }, &mut agents, &records, &status)
+            event_of(
+                Input::Left { connection, node: NodeId(0) },
+                &mut agents,
+                &records,
+                (&status, &board),
+            )
         };
         assert_eq!(left(1), None);
         assert!(matches!(left(2), Some(Event::Left { node: NodeId(0), .. })));

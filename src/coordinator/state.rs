@@ -199,6 +199,10 @@ impl State {
                 self.completed(generation, &mut effects);
             }
             Event::Heard { node } => self.heard(now, node),
+            Event::Arrived { node, generation, milestone } => {
+                self.heard(now, node);
+                self.arrived(now, generation, milestone);
+            }
             Event::TrainerStandby { node } => {
                 self.heard(now, node);
                 self.trainer_is_there(now, node, &mut effects);

@@ -46,6 +46,36 @@ pub enum CauseKind {
     GivenBack,
 }
 
+impl CauseKind {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::TrainerExited,
+        Self::TrainerKilled,
+        Self::OutOfMemory,
+        Self::TrainerFrozen,
+        Self::AgentLost,
+        Self::AgentSilent,
+        Self::AgentReplaced,
+        Self::NoProgress,
+        Self::GroupBroke,
+        Self::NotAdopted,
+        Self::Joined,
+        Self::GivenBack,
+    ];
+
+    /// Its name in records and metrics.
+    #[must_use]
+    pub fn name(self) -> String {
+        named(&self)
+    }
+}
+
+/// How a value without fields is written.
+fn named(value: &impl Serialize) -> String {
+    let json = serde_json::to_value(value).ok();
+    json.and_then(|json| Some(json.as_str()?.to_owned())).unwrap_or_default()
+}
+
 /// What a generation ended of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cause {
@@ -150,9 +180,54 @@ pub struct Verdict {
     /// The next generation and how many ranks it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub next: Option<(Generation, WorldSize)>,
+    /// The same time once more, by what survivors did; none where no step followed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phases: Option<Phases>,
+}
+
+/// An outage by what happened in it: each phase begins where the one before ends. Seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Phases {
+    /// From the last progress to the end of the generation.
+    pub detect_s: f64,
+    /// Until all survivors had left it.
+    pub fence_s: f64,
+    /// Until the next one's groups had formed.
+    pub regroup_s: f64,
+    /// Until that had agreed on a state, and all had it.
+    pub restore_s: f64,
+    /// Until its first step.
+    pub first_step_s: f64,
+}
+
+impl Phases {
+    /// Their names, in order.
+    pub const NAMES: [&str; 5] = ["detect", "fence", "regroup", "restore", "first_step"];
+
+    /// How long each took, in order.
+    #[must_use]
+    pub fn seconds(&self) -> [f64; 5] {
+        [self.detect_s, self.fence_s, self.regroup_s, self.restore_s, self.first_step_s]
+    }
+
+    /// Between these moments. Each is at least the one before: what is heard late is no later phase's fault.
+    fn between(mut moments: [Now; 6]) -> Self {
+        for at in 1..moments.len() {
+            moments[at] = moments[at].max(moments[at - 1]);
+        }
+        let [detect_s, fence_s, regroup_s, restore_s, first_step_s] =
+            std::array::from_fn(|at| (moments[at + 1] - moments[at]).as_secs_f64());
+        Self { detect_s, fence_s, regroup_s, restore_s, first_step_s }
+    }
 }
 
 impl Verdict {
+    /// Whether it was a loss.
+    #[must_use]
+    pub fn is_loss(&self) -> bool {
+        !matches!(self.cause.kind, CauseKind::Joined | CauseKind::GivenBack)
+    }
+
     /// Seconds without training: from the last progress to the next step, if there was one.
     #[must_use]
     pub fn outage_s(&self) -> Option<f64> {
@@ -188,8 +263,13 @@ pub(super) struct Interruption {
     /// The last progress before, and the end of the generation.
     pub(super) last_progress: Now,
     pub(super) ended: Now,
+    /// When a survivor was last heard to have left it.
+    pub(super) fenced: Now,
     /// When which generation followed.
     pub(super) followed: Option<(Now, Generation, WorldSize)>,
+    /// When that one's groups had formed, and when it had its state.
+    pub(super) grouped: Option<Now>,
+    pub(super) restored: Option<Now>,
 }
 
 impl Interruption {
@@ -203,8 +283,9 @@ impl Interruption {
         if self.is_loss() { Part::Recovery } else { Part::Joining }
     }
 
-    /// A rank of the lost generation says what it saw.
-    pub(super) fn saw(&mut self, node: NodeId, evidence: &str) {
+    /// A rank of the lost generation has left it, and says what it saw.
+    pub(super) fn saw(&mut self, now: Now, node: NodeId, evidence: &str) {
+        self.fenced = self.fenced.max(now);
         if let Some(victim) = self.victims.iter_mut().find(|victim| victim.node == node) {
             victim.evidence.get_or_insert_with(|| evidence.to_owned());
         }
@@ -223,7 +304,17 @@ impl Interruption {
     pub(super) fn over(self, now: Option<Now>) -> Verdict {
         let seconds = |from: Now, to: Now| to.saturating_sub(from).as_secs_f64();
         let followed = self.followed.map(|(at, ..)| at);
+        let phases = followed.zip(now).map(|(followed, step)| {
+            let grouped = self.grouped.unwrap_or(followed);
+            let restored = self.restored.unwrap_or(grouped);
+            // One that is heard later than its step did not hold that up.
+            Phases::between(
+                [self.last_progress, self.ended, self.fenced, grouped, restored, step]
+                    .map(|moment| moment.min(step)),
+            )
+        });
         Verdict {
+            phases,
             format: FORMAT,
             generation: self.generation,
             world: self.world,
@@ -272,6 +363,14 @@ pub enum Part {
     Joining,
     /// From the wish to stop, or the last step, to the end.
     Stopping,
+}
+
+impl Part {
+    /// Its name in records and metrics.
+    #[must_use]
+    pub fn name(self) -> String {
+        named(&self)
+    }
 }
 
 /// The account of one coordinator's time.

@@ -296,9 +296,8 @@ impl ShardFooter {
         let metadata = ArrowReaderMetadata::try_new(Arc::new(metadata), ArrowReaderOptions::new())
             .map_err(|error| DataError::invalid(&index.object, error))?;
         let footer = (index.footer_offset, footer);
-        if metadata.metadata().num_row_groups() != index.groups.len() {
-            return Err(DataError::invalid(&index.object, "its index has other row groups"));
-        }
+        check_places(metadata.metadata(), index)
+            .map_err(|why| DataError::invalid(&index.object, why))?;
         let found = metadata.schema().fields();
         let known = [(1, false), (2, false), (1, true), (2, true)]
             .into_iter()
@@ -357,6 +356,29 @@ fn metadata_of(footer: &[u8]) -> Result<ParquetMetaData, ParquetError> {
     }
     thrift::check_metadata(metadata).map_err(ParquetError::General)?;
     ParquetMetaDataReader::decode_metadata(metadata)
+}
+
+/// Whether every column is where the index has its row group: the Parquet reader panics over a place that is none.
+fn check_places(metadata: &ParquetMetaData, index: &ShardIndex) -> Result<(), &'static str> {
+    if metadata.num_row_groups() != index.groups.len() {
+        return Err("its index has other row groups");
+    }
+    for (group, entry) in metadata.row_groups().iter().zip(&index.groups) {
+        let end = entry.offset.saturating_add(entry.digest.bytes);
+        let lies_within = group.columns().iter().all(|column| {
+            // Shards have no dictionaries.
+            let place = u64::try_from(column.data_page_offset()).ok();
+            let past = u64::try_from(column.compressed_size()).ok();
+            let past = place.zip(past).and_then(|(place, size)| place.checked_add(size));
+            column.dictionary_page_offset().is_none()
+                && place.is_some_and(|place| place >= entry.offset)
+                && past.is_some_and(|past| past <= end)
+        });
+        if !lies_within {
+            return Err("a column is not within its row group");
+        }
+    }
+    Ok(())
 }
 
 fn rows_of(batch: &RecordBatch) -> Result<Vec<SliceRow>, String> {

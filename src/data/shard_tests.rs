@@ -104,6 +104,23 @@ fn a_foreign_footer_is_an_error() {
     assert!(ShardFooter::parse(&index, footer).is_err());
 }
 
+/// Found by fuzzing: the Parquet reader panics over places that are negative.
+#[test]
+fn columns_that_are_elsewhere_are_refused() {
+    let shard = encode("shards/x.parquet", &rows(8, 1), 4, 1).unwrap();
+    let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+    let mut index = shard.index.clone();
+    index.groups.swap(0, 1);
+    let error = ShardFooter::parse(&index, footer.clone()).unwrap_err().to_string();
+    assert!(error.contains("a column is not within its row group"), "{error}");
+    // The first column's first page is at byte 4, zigzag 8: now at -1.
+    let mut bytes = footer.to_vec();
+    let at = bytes.windows(2).position(|pair| pair == [0x26, 0x08]).unwrap();
+    bytes[at + 1] = 1;
+    let error = ShardFooter::parse(&shard.index, bytes.into()).unwrap_err().to_string();
+    assert!(error.contains("a column is not within its row group"), "{error}");
+}
+
 /// Found by fuzzing: the Parquet reader counts through such lists, which take it hours.
 #[test]
 fn a_page_header_that_would_take_hours_is_refused() {

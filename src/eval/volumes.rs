@@ -126,6 +126,15 @@ pub struct CaseScores {
     pub classes: Vec<ClassScores>,
 }
 
+impl CaseScores {
+    /// The mean of its classes' Dice, as far as they have one.
+    #[must_use]
+    pub fn mean_dice(&self) -> Option<f64> {
+        let dice: Vec<f64> = self.classes.iter().filter_map(|class| class.dice).collect();
+        (!dice.is_empty()).then(|| dice.iter().sum::<f64>() / dice.len() as f64)
+    }
+}
+
 /// Why a volume could not be scored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

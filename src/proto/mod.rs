@@ -53,6 +53,9 @@ pub struct Membership {
     pub world: WorldSize,
     /// The key-value service that hosts this generation's c10d store.
     pub kv_address: SocketAddr,
+    /// The trace that it belongs to, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
 }
 
 impl Membership {
@@ -71,6 +74,8 @@ pub enum TrainerEvent {
     Standby,
     /// It lives: said every second, by a thread of its own, whatever else the trainer is at.
     Alive,
+    /// Rank 0's: the group has formed; it agrees on the state next.
+    Grouped,
     /// The group has formed and agreed on the state; training goes on from `step`.
     Ready {
         /// Steps done before.
@@ -94,6 +99,12 @@ pub enum TrainerEvent {
         images_per_s: f64,
         /// Share of the step's time spent waiting for data, `0..=1`.
         data_wait: f64,
+        /// Learning rate of this step.
+        #[serde(default)]
+        lr: f64,
+        /// The ramp-up's weight, lambda(t).
+        #[serde(default)]
+        consistency: f64,
         /// Which unlabelled samples it was, for the ledger.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         receipt: Option<Receipt>,
@@ -123,11 +134,27 @@ pub enum TrainerEvent {
         dice: Vec<(String, f64)>,
         /// Their mean.
         mean_dice: f64,
+        /// Pictures in the run's folder, and what is on them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        pictures: Vec<Picture>,
     },
-    /// A checkpoint's manifest was created.
+    /// A checkpoint was committed.
     Checkpoint {
         /// Its step.
         step: Step,
+        /// Bytes of its objects.
+        bytes: u64,
+        /// Whether it was read back.
+        verified: bool,
+        /// Seconds from the copy in memory to its manifest.
+        upload_s: f64,
+    },
+    /// How it does: said every second while it trains.
+    Vitals(Vitals),
+    /// Something is wrong, and training goes on.
+    Warning {
+        /// What, in one line.
+        text: String,
     },
     /// All is done, and rank 0 has written it down; its process ends next.
     Complete {
@@ -144,6 +171,51 @@ pub enum TrainerEvent {
         /// A damaged object or a loss that is no number will be the same again.
         curable: bool,
     },
+}
+
+/// A picture that a validation has left in the run's folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Picture {
+    /// Its path there.
+    pub path: String,
+    /// What is on it.
+    pub caption: String,
+}
+
+/// How a trainer does. Counts are since its process began, so that what is lost on the way costs nothing.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Vitals {
+    /// Steps done, of the run.
+    pub step: Step,
+    /// Steps that this process has done.
+    pub steps: u64,
+    /// Seconds of them.
+    pub steps_s: f64,
+    /// Seconds by phase of a step (`telemetry::Phase`).
+    pub phases_s: BTreeMap<String, f64>,
+    /// What the last checkpoint held training up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold_s: Option<f64>,
+    /// Batches that are ready.
+    pub queue: u64,
+    /// Read requests.
+    pub requests: u64,
+    /// Bytes that they returned.
+    pub bytes: u64,
+    /// Faults on the way, by kind.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub faults: BTreeMap<String, u64>,
+    /// Blocks found in this machine's cache.
+    pub cache_hits: u64,
+    /// Blocks that were not there.
+    pub cache_misses: u64,
+    /// Bytes of memory that are resident.
+    pub memory: u64,
+    /// Bytes of its GPU's memory in use, by whomever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_memory: Option<u64>,
+    /// Page faults that had to wait for a disk.
+    pub page_faults: u64,
 }
 
 /// The ledger's own record of where a generation starts (`ledger::Attestation`); not looked into here.
@@ -197,6 +269,8 @@ mod tests {
             terms: BTreeMap::from([("dice".to_owned(), 1.5)]),
             images_per_s: 12.0,
             data_wait: 0.01,
+            lr: 0.1,
+            consistency: 0.0,
             receipt: Some(Receipt { step: Step(2), fingerprint: u64::MAX - 1, samples: 12 }),
         };
         let line = serde_json::to_string(&event).unwrap();

@@ -1,6 +1,6 @@
 //! What a run says about itself while it runs: logs, traces, and the one progress line.
 //!
-//! [`init`] is called once per process, first thing. Logs go to stderr (or, as JSON, to a file);
+//! [`init`] is called once per process, first thing. Logs go to stderr, for people or as JSON;
 //! traces go to an OTLP collector, and only if the standard variables name one. Nothing here may
 //! ever slow or stop training: exporting is bounded, and drops rather than waits.
 //!
@@ -11,16 +11,18 @@ pub mod otlp;
 pub mod probe;
 pub mod progress;
 pub mod spans;
-
-use std::path::Path;
+pub mod tensorboard;
 
 use tracing::Span;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-pub use otlp::{Otlp, OtlpError, OtlpSettings};
+pub use logging::LogFormat;
+pub use otlp::{Otlp, OtlpError, OtlpMetrics, OtlpSettings, Signal};
 pub use progress::{Progress, ProgressState, RunStatus};
-pub use spans::{Phase, StepTrace, TRACEPARENT, process_span, traceparent_of};
+pub use spans::{
+    Past, Phase, StepSampling, StepTrace, TRACEPARENT, continues, number, past_span, traceparent_of,
+};
 
 /// Why telemetry could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -34,20 +36,36 @@ pub enum TelemetryError {
         /// What is wrong with it.
         source: tracing_subscriber::filter::ParseError,
     },
-    /// The log file could not be opened.
-    #[error("open log file {path}")]
-    LogFile {
-        /// The path.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
     /// The exporter's settings are wrong.
     #[error(transparent)]
     Otlp(#[from] OtlpError),
     /// [`init`] was called before.
     #[error("telemetry was set up already")]
     AlreadySet,
+}
+
+/// What a process is.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its role: "coordinator", "worker", "trainer".
+    pub role: &'static str,
+    /// What else its signals say of it: resource attributes.
+    pub attributes: Vec<(&'static str, String)>,
+    /// The level of its logs, or a `tracing` filter; `RUST_LOG` wins over it.
+    pub level: &'static str,
+    /// How logs are written.
+    pub format: LogFormat,
+    /// Who else hears of warnings and errors, one a second at most.
+    pub warned: Option<fn(String)>,
+}
+
+impl Process {
+    /// One that says nothing else of itself.
+    #[must_use]
+    pub fn new(role: &'static str) -> Self {
+        let format = LogFormat::from_environment();
+        Self { role, attributes: Vec::new(), level: "info", format, warned: None }
+    }
 }
 
 /// Holds telemetry open. Dropping it flushes what is left, for a bounded time.
@@ -80,26 +98,38 @@ impl Drop for Guard {
     }
 }
 
-/// Sets up logs and traces for this process; `role` names it ("coordinator", "worker", "trainer").
-///
-/// `level` is a level or a `tracing` filter; `RUST_LOG` wins over it. The trace context of the
-/// parent process is taken from the environment ([`TRACEPARENT`]).
+/// Metrics to the collector that the environment names, if it names one.
 ///
 /// # Errors
-/// When the level, the log file or the exporter's variables are wrong, or it was called before. A
-/// collector that cannot be reached is no error.
-pub fn init(role: &str, log_file: Option<&Path>, level: &str) -> Result<Guard, TelemetryError> {
+/// When the exporter's variables are wrong.
+pub fn metrics(process: &Process) -> Result<Option<OtlpMetrics>, TelemetryError> {
     let environment = |name: &str| std::env::var(name).ok();
-    let otlp = match OtlpSettings::from_lookup(&environment)? {
-        Some(settings) => Some(Otlp::start(role, &settings)?),
+    let settings = OtlpSettings::from_lookup(Signal::Metrics, &environment)?;
+    Ok(settings.map(|settings| OtlpMetrics::start(process, &settings)).transpose()?)
+}
+
+/// Sets up logs and traces for this process. The trace context of the parent process is taken from the environment
+/// ([`TRACEPARENT`]); `span` makes the process's span.
+///
+/// # Errors
+/// When the level or the exporter's variables are wrong, or it was called before. A
+/// collector that cannot be reached is no error.
+pub fn init(process: &Process, span: fn() -> Span) -> Result<Guard, TelemetryError> {
+    let environment = |name: &str| std::env::var(name).ok();
+    let otlp = match OtlpSettings::from_lookup(Signal::Traces, &environment)? {
+        Some(settings) => Some(Otlp::start(process, &settings)?),
         None => None,
     };
-    let logs = logging::layer(log_file, level, environment("RUST_LOG").as_deref())?;
+    let logs = logging::layer(process.format, process.level, environment("RUST_LOG").as_deref())?;
     tracing_subscriber::registry()
         .with(logs)
+        .with(process.warned.map(logging::Warnings::told_to))
         .with(otlp.as_ref().map(Otlp::layer))
         .try_init()
         .map_err(|_| TelemetryError::AlreadySet)?;
-    let span = process_span(role, environment(TRACEPARENT).as_deref());
+    if let Some(otlp) = &otlp {
+        otlp.serve_past_spans();
+    }
+    let span = continues(span(), environment(TRACEPARENT).as_deref());
     Ok(Guard { span, otlp })
 }

@@ -1,6 +1,6 @@
-//! Traces to an OpenTelemetry collector, if the environment names one.
+//! Traces and metrics to an OpenTelemetry collector, if the environment names one.
 //!
-//! The standard variables decide: without `OTEL_EXPORTER_OTLP_ENDPOINT` (or its `_TRACES_` twin)
+//! The standard variables decide: without `OTEL_EXPORTER_OTLP_ENDPOINT` (or its `_TRACES_` and `_METRICS_` twins)
 //! nothing is built and no thread started. Spans go into a bounded queue; a batch processor sends
 //! them from threads of its own and drops what does not fit, so a dead or slow collector costs
 //! memory up to that bound and a warning, never a step. Headers, sampling, queue size and batch
@@ -14,10 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use opentelemetry::KeyValue;
+use opentelemetry::metrics::{Meter, MeterProvider};
 use opentelemetry::trace::TracerProvider;
-use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{MetricExporter, Protocol, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
+use opentelemetry_sdk::metrics::data::ResourceMetrics;
+use opentelemetry_sdk::metrics::exporter::PushMetricExporter;
+use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider, Temporality};
 use opentelemetry_sdk::trace::{BatchSpanProcessor, SdkTracerProvider, SpanData};
 use tokio::runtime::{Handle, Runtime};
 use tracing::Subscriber;
@@ -25,10 +29,15 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::registry::LookupSpan;
 
+use super::Process;
+
 /// Longest a batch may take, retries included.
 const EXPORT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
-/// Longest that the end of the process waits for the last batch.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest that the end of the process waits for the last batch: a run's processes end one after the other, and a dead
+/// collector is to hold none of them up for long.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(600);
+/// The same where the collector did not take the batch before.
+const SHUTDOWN_FAILING: Duration = Duration::from_millis(20);
 
 /// Why the exporter could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +62,34 @@ pub enum OtlpError {
     Runtime(#[source] std::io::Error),
 }
 
-/// Where to send spans, and how.
+/// What is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    /// Spans.
+    Traces,
+    /// Metrics.
+    Metrics,
+}
+
+impl Signal {
+    /// In the names of variables.
+    fn variable(self) -> &'static str {
+        match self {
+            Self::Traces => "TRACES",
+            Self::Metrics => "METRICS",
+        }
+    }
+
+    /// Of a collector's HTTP endpoint.
+    fn path(self) -> &'static str {
+        match self {
+            Self::Traces => "v1/traces",
+            Self::Metrics => "v1/metrics",
+        }
+    }
+}
+
+/// Where to send a signal, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OtlpSettings {
     /// The URL as used: for HTTP it has the path `/v1/traces` already.
@@ -70,12 +106,13 @@ impl OtlpSettings {
     /// # Errors
     /// When the protocol or the timeout makes no sense.
     pub fn from_lookup(
+        signal: Signal,
         lookup: &impl Fn(&str) -> Option<String>,
     ) -> Result<Option<Self>, OtlpError> {
         let get = |name: &str| lookup(name).filter(|value| !value.trim().is_empty());
         // Signal-specific variables win over general ones.
         let either = |name: &str| {
-            get(&format!("OTEL_EXPORTER_OTLP_TRACES_{name}"))
+            get(&format!("OTEL_EXPORTER_OTLP_{}_{name}", signal.variable()))
                 .or_else(|| get(&format!("OTEL_EXPORTER_OTLP_{name}")))
         };
         if get("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")) {
@@ -92,22 +129,39 @@ impl OtlpSettings {
                 text.trim().parse().map_err(|_| OtlpError::Timeout(text.clone()))?,
             ),
         };
-        let endpoint = match get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") {
+        // The standard's way to send one signal and not the other.
+        let exporter = get(&format!("OTEL_{}_EXPORTER", signal.variable()));
+        if exporter.is_some_and(|exporter| exporter == "none") {
+            return Ok(None);
+        }
+        let exact = get(&format!("OTEL_EXPORTER_OTLP_{}_ENDPOINT", signal.variable()));
+        let endpoint = match exact {
             Some(exact) => exact,
             None => match get("OTEL_EXPORTER_OTLP_ENDPOINT") {
                 None => return Ok(None),
                 Some(base) if protocol == Protocol::Grpc => base,
-                Some(base) => format!("{}/v1/traces", base.trim_end_matches('/')),
+                Some(base) => format!("{}/{}", base.trim_end_matches('/'), signal.path()),
             },
         };
         Ok(Some(Self { endpoint, protocol, timeout }))
     }
 }
 
-/// A running exporter. Dropping it sends what is left, for at most two seconds.
+/// Whether the collector took the last batch; each outage is reported once.
+#[derive(Debug, Clone, Default)]
+struct Health(Arc<AtomicBool>);
+
+impl Health {
+    fn shutdown_timeout(&self) -> Duration {
+        if self.0.load(Ordering::Relaxed) { SHUTDOWN_FAILING } else { SHUTDOWN_TIMEOUT }
+    }
+}
+
+/// A running exporter. Dropping it sends what is left, for less than a second.
 #[derive(Debug)]
 pub struct Otlp {
     provider: SdkTracerProvider,
+    health: Health,
     runtime: Option<Runtime>,
 }
 
@@ -116,29 +170,25 @@ impl Otlp {
     ///
     /// # Errors
     /// When the settings are unusable or threads cannot be started.
-    pub fn start(role: &str, settings: &OtlpSettings) -> Result<Self, OtlpError> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("otlp-export")
-            .enable_all()
-            .build()
-            .map_err(OtlpError::Runtime)?;
+    pub fn start(process: &Process, settings: &OtlpSettings) -> Result<Self, OtlpError> {
+        let runtime = export_runtime()?;
         let exporter = {
             let _entered = runtime.enter(); // tonic's channel wants a runtime when it is made
             build(settings)
         }
         .map_err(|source| OtlpError::Exporter { endpoint: settings.endpoint.clone(), source })?;
-        let exporter = OnRuntime {
-            exporter: Arc::new(exporter),
-            runtime: runtime.handle().clone(),
-            timeout: settings.timeout,
-            failing: AtomicBool::new(false),
-        };
+        let health = Health::default();
+        let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
         let provider = SdkTracerProvider::builder()
             .with_span_processor(BatchSpanProcessor::builder(exporter).build())
-            .with_resource(resource(role))
+            .with_resource(resource(process))
             .build();
-        Ok(Self { provider, runtime: Some(runtime) })
+        Ok(Self { provider, health, runtime: Some(runtime) })
+    }
+
+    /// Has [`super::past_span`] record in this process.
+    pub(super) fn serve_past_spans(&self) {
+        opentelemetry::global::set_tracer_provider(self.provider.clone());
     }
 
     /// The layer that turns this project's spans into OpenTelemetry's.
@@ -162,13 +212,80 @@ impl Otlp {
 
 impl Drop for Otlp {
     fn drop(&mut self) {
-        if let Err(error) = self.provider.shutdown_with_timeout(SHUTDOWN_TIMEOUT) {
+        if let Err(error) = self.provider.shutdown_with_timeout(self.health.shutdown_timeout()) {
             tracing::debug!(%error, "the last traces were not delivered");
         }
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background(); // dropping it could block, and panics inside another
         }
     }
+}
+
+/// Metrics being exported, by the interval of `OTEL_METRIC_EXPORT_INTERVAL` (a minute). Dropping it sends them once more.
+#[derive(Debug)]
+pub struct OtlpMetrics {
+    provider: SdkMeterProvider,
+    health: Health,
+    runtime: Option<Runtime>,
+}
+
+impl OtlpMetrics {
+    /// Starts exporting. The collector need not be there.
+    ///
+    /// # Errors
+    /// When the settings are unusable or threads cannot be started.
+    pub fn start(process: &Process, settings: &OtlpSettings) -> Result<Self, OtlpError> {
+        let runtime = export_runtime()?;
+        let exporter = {
+            let _entered = runtime.enter();
+            let builder = MetricExporter::builder();
+            let (endpoint, timeout) = (&settings.endpoint, settings.timeout);
+            match settings.protocol {
+                Protocol::Grpc => {
+                    builder.with_tonic().with_endpoint(endpoint).with_timeout(timeout).build()
+                }
+                protocol => {
+                    let builder = builder.with_http().with_protocol(protocol);
+                    builder.with_endpoint(endpoint).with_timeout(timeout).build()
+                }
+            }
+        }
+        .map_err(|source| OtlpError::Exporter { endpoint: settings.endpoint.clone(), source })?;
+        let health = Health::default();
+        let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
+        let provider = SdkMeterProvider::builder()
+            .with_reader(PeriodicReader::builder(exporter).build())
+            .with_resource(resource(process))
+            .build();
+        Ok(Self { provider, health, runtime: Some(runtime) })
+    }
+
+    /// Where instruments are made.
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        self.provider.meter("cpcr")
+    }
+}
+
+impl Drop for OtlpMetrics {
+    fn drop(&mut self) {
+        if let Err(error) = self.provider.shutdown_with_timeout(self.health.shutdown_timeout()) {
+            tracing::debug!(%error, "the last metrics were not delivered");
+        }
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Threads of its own: not those that a coordinator or a trainer works with.
+fn export_runtime() -> Result<Runtime, OtlpError> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("otlp-export")
+        .enable_all()
+        .build()
+        .map_err(OtlpError::Runtime)
 }
 
 fn build(settings: &OtlpSettings) -> Result<SpanExporter, opentelemetry_otlp::ExporterBuildError> {
@@ -187,55 +304,97 @@ fn build(settings: &OtlpSettings) -> Result<SpanExporter, opentelemetry_otlp::Ex
     }
 }
 
-fn resource(role: &str) -> Resource {
-    let mut resource = Resource::builder().with_attributes([
-        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
-        KeyValue::new("cpcr.role", role.to_owned()),
-        KeyValue::new("process.pid", i64::from(std::process::id())),
-    ]);
+/// What all signals of this process say of it; `OTEL_RESOURCE_ATTRIBUTES` adds to it.
+pub(super) fn resource(process: &Process) -> Resource {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let mut resource = Resource::builder()
+        .with_attributes([
+            KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+            KeyValue::new("service.instance.id", format!("{host}-{}", std::process::id())),
+            KeyValue::new("cpcr.role", process.role),
+            KeyValue::new("process.pid", i64::from(std::process::id())),
+            KeyValue::new("host.name", host),
+        ])
+        .with_attributes(
+            process.attributes.iter().map(|(key, value)| KeyValue::new(*key, value.clone())),
+        );
+    if let Ok(pod) = std::env::var("POD_NAME") {
+        resource = resource.with_attribute(KeyValue::new("k8s.pod.name", pod));
+    }
     if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
         resource = resource.with_service_name("cpcr");
     }
     resource.build()
 }
 
-/// Runs another exporter's futures on a tokio runtime, within a time limit.
+/// Polls another exporter's futures within a tokio runtime's context, and a time limit.
 #[derive(Debug)]
-struct OnRuntime {
-    exporter: Arc<SpanExporter>,
+struct OnRuntime<E> {
+    exporter: E,
     runtime: Handle,
     timeout: Duration,
-    /// Whether the last batch failed: each outage is reported once.
-    failing: AtomicBool,
+    health: Health,
 }
 
-impl opentelemetry_sdk::trace::SpanExporter for OnRuntime {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        let (exporter, timeout) = (Arc::clone(&self.exporter), self.timeout);
-        let task = self
-            .runtime
-            .spawn(async move { tokio::time::timeout(timeout, exporter.export(batch)).await });
-        let result = match task.await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_elapsed)) => Err(OTelSdkError::Timeout(timeout)),
-            Err(error) => Err(OTelSdkError::InternalFailure(error.to_string())),
-        };
-        let failed_before = self.failing.swap(result.is_err(), Ordering::Relaxed);
+impl<E> OnRuntime<E> {
+    fn new(exporter: E, runtime: &Runtime, timeout: Duration, health: &Health) -> Self {
+        let runtime = runtime.handle().clone();
+        Self { exporter, runtime, timeout, health: health.clone() }
+    }
+
+    /// What becomes of a batch.
+    async fn delivers(
+        &self,
+        what: &str,
+        sending: impl Future<Output = OTelSdkResult> + Send,
+    ) -> OTelSdkResult {
+        let mut sending = std::pin::pin!(async {
+            tokio::time::timeout(self.timeout, sending)
+                .await
+                .unwrap_or(Err(OTelSdkError::Timeout(self.timeout)))
+        });
+        let result = std::future::poll_fn(|context| {
+            let _entered = self.runtime.enter();
+            sending.as_mut().poll(context)
+        });
+        let result = result.await;
+        let failed_before = self.health.0.swap(result.is_err(), Ordering::Relaxed);
         match &result {
             Err(error) if !failed_before => {
-                tracing::warn!(%error, "traces cannot be delivered; they are dropped until they can");
+                tracing::warn!(%error, "{what} cannot be delivered; they are dropped until they can");
             }
-            Ok(()) if failed_before => tracing::info!("traces are delivered again"),
+            Ok(()) if failed_before => tracing::info!("{what} are delivered again"),
             _ => {}
         }
         result
     }
+}
+
+impl opentelemetry_sdk::trace::SpanExporter for OnRuntime<SpanExporter> {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        self.delivers("traces", self.exporter.export(batch)).await
+    }
 
     fn set_resource(&mut self, resource: &Resource) {
-        // No batch is under way yet, so nobody shares the exporter.
-        if let Some(exporter) = Arc::get_mut(&mut self.exporter) {
-            exporter.set_resource(resource);
-        }
+        self.exporter.set_resource(resource);
+    }
+}
+
+impl PushMetricExporter for OnRuntime<MetricExporter> {
+    async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
+        self.delivers("metrics", self.exporter.export(metrics)).await
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.exporter.force_flush()
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn temporality(&self) -> Temporality {
+        self.exporter.temporality()
     }
 }
 
@@ -244,7 +403,7 @@ mod tests {
     use super::*;
 
     fn settings(pairs: &[(&str, &str)]) -> Result<Option<OtlpSettings>, OtlpError> {
-        OtlpSettings::from_lookup(&|name: &str| {
+        OtlpSettings::from_lookup(Signal::Traces, &|name: &str| {
             pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
         })
     }

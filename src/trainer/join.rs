@@ -22,7 +22,7 @@ use crate::collective::{ProcessGroup, Rendezvous};
 use crate::data::Loader;
 use crate::eval::report::{Record, RunEvent, RunHistory};
 use crate::ledger::{Attestation, Carried, Receipts};
-use crate::proto::{LedgerStart, Membership};
+use crate::proto::{LedgerStart, Membership, TrainerEvent};
 use crate::types::{Backend, Rank, Step};
 
 /// What a rank comes with.
@@ -73,6 +73,9 @@ impl Trainer {
         self.sync = (self.config.model.sync_batch_norm && self.world.0 > 1)
             .then(|| Arc::clone(&ranks) as Arc<dyn SumOverRanks>);
         (self.ranks, self.gradients) = (ranks, gradients);
+        if self.rank == Rank(0) {
+            super::emit(&TrainerEvent::Grouped);
+        }
         let restored = self.agree()?;
         let plan = setup::loader_plan(&self.config, self.rank, self.world, self.step, self.total);
         let loader = Loader::start(self.dataset.clone(), plan)?;

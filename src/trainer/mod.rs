@@ -13,11 +13,14 @@ mod methods;
 mod orders;
 mod pace;
 mod persist;
+mod pictures;
 mod predict;
 mod ranks;
 mod setup;
 mod snapshot;
+mod traces;
 mod validate;
+mod vitals;
 
 pub use error::TrainerError;
 pub use evaluate::{EvaluateOptions, Evaluated, Pick, evaluate};
@@ -30,6 +33,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
+use tracing::Span;
 
 use crate::bridge::ops;
 use crate::data::{Batch, DealSpec, Loader};
@@ -40,7 +44,7 @@ use crate::method::StepInput;
 use crate::model::{Outputs, Statistics};
 use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
 use crate::store::ReadFaults;
-use crate::telemetry::{Guard, Phase, StepTrace};
+use crate::telemetry::{Guard, Phase, StepSampling, StepTrace};
 use crate::types::{Step, WorldSize};
 use orders::{Next, Orders};
 use ranks::Tail;
@@ -73,12 +77,15 @@ fn live(t: &mut Trainer, orders: &Orders, telemetry: &Guard) -> Result<i32, Trai
                 return Ok(EXIT_RESUMABLE);
             }
         };
-        let trained =
-            t.join(&membership, orders).and_then(|restored| train(t, restored, orders, telemetry));
+        let span = traces::member(&membership, telemetry);
+        let trained = span.in_scope(|| {
+            t.join(&membership, orders).and_then(|restored| train(t, restored, orders, &span))
+        });
         match trained {
             Err(error) if error.is_lost_peer() => {
                 let (generation, step) = (membership.generation, t.step);
-                tracing::warn!(%generation, %step, %error, "the group is gone");
+                // No warning: the coordinator says what it was.
+                tracing::info!(%generation, %step, %error, "the group is gone");
                 t.leave(orders)?;
                 let done = t.live.then_some(step);
                 emit(&TrainerEvent::Stranded { generation, done, text: error.to_string() });
@@ -122,9 +129,11 @@ fn train(
     t: &mut Trainer,
     restored: bool,
     orders: &Orders,
-    telemetry: &Guard,
+    member: &Span,
 ) -> Result<i32, TrainerError> {
     emit(&TrainerEvent::Ready { step: t.step, restored, ledger: t.attestation()? });
+    let mut sampling = StepSampling::new(t.config.telemetry.step_spans());
+    let mut epoch = traces::EpochSpan::default();
     // What the generation before did not get to.
     if t.validation_due {
         validate::validate(t, orders)?;
@@ -139,12 +148,14 @@ fn train(
             emit(&TrainerEvent::Ready { step: t.step, restored: false, ledger: t.attestation()? });
         }
         let started = Instant::now();
-        let mut trace = StepTrace::begin(telemetry.span(), t.step, t.rank);
+        let traced = sampling.takes(started);
+        let mut trace = StepTrace::begin(epoch.of(t, member), t.step, t.rank, traced);
         let next = trace.phase(Phase::DataWait, || t.loader.as_mut().map(Loader::next));
         let Some(batch) = next.transpose()?.flatten() else { break };
         t.reduce_over(t.method.heads(t.step.0))?;
 
-        let (images, labels) = tensors(&batch, t.patch, t.device)?;
+        let (images, labels) =
+            trace.phase(Phase::CopyToDevice, || tensors(&batch, t.patch, t.device))?;
         let samples: Vec<u64> = batch.draws.iter().map(|draw| draw.sample).collect();
         let counts = counts(t.loader()?.deal().spec(), t.world);
         let input = t.input(&images, &labels, &samples, counts);
@@ -165,7 +176,7 @@ fn train(
         }
         t.step = t.step.next();
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
-        let took = started.elapsed().as_secs_f64().max(1e-9);
+        let took = trace.end().as_secs_f64().max(1e-9);
         report(t, &loss, &tail, &counts, took, waited / took)?;
         if t.world.0 > 1 && t.step.0 <= pace::RUN_STEPS {
             let own = started.elapsed().saturating_sub(trace.spent(Phase::DataWait));
@@ -177,6 +188,7 @@ fn train(
         if t.checkpoints_here() || tail.stop {
             trace.phase(Phase::CheckpointHold, || persist::checkpoint(t))?;
         }
+        vitals::stepped(t, &orders.vitals, &trace, took);
         if tail.stop && t.step < t.total {
             t.flush()?;
             return Ok(EXIT_RESUMABLE);
@@ -287,6 +299,8 @@ fn report(
             terms: terms.clone(),
             images_per_s,
             data_wait,
+            lr: methods::learning_rate(&t.config, done),
+            consistency: t.method.consistency_weight(done.0),
             receipt: Some(tail.fed.receipt(done)),
         });
     }

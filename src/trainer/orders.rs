@@ -8,17 +8,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::vitals;
 use crate::collective::{CollectiveError, ProcessGroup};
 use crate::proto::{Membership, TrainerEvent, TrainerOrder};
 use crate::types::{Generation, Lineage, Step};
 
-/// How often a trainer says that it lives.
+/// How often a trainer says that it lives, and how it does.
 const PULSE: Duration = Duration::from_secs(1);
 
 /// Orders that have come so far.
 #[derive(Debug)]
 pub struct Orders {
     seen: Arc<Seen>,
+    /// What the pulse says; the loop keeps it.
+    pub vitals: vitals::Shared,
 }
 
 /// What a trainer that belongs to no generation does next.
@@ -64,8 +67,8 @@ impl Orders {
     /// Reads orders on a thread of its own, which ends with the pipe, and says on another that this process lives.
     #[must_use]
     pub fn listen() -> Self {
-        let orders = Self { seen: Arc::default() };
-        let seen = Arc::clone(&orders.seen);
+        let orders = Self { seen: Arc::default(), vitals: vitals::Shared::default() };
+        let (seen, newest) = (Arc::clone(&orders.seen), Arc::clone(&orders.vitals));
         std::thread::spawn(move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {
                 match serde_json::from_str(&line) {
@@ -74,10 +77,16 @@ impl Orders {
                 }
             }
         });
-        std::thread::spawn(|| {
+        std::thread::spawn(move || {
+            let mut said = None;
             loop {
                 std::thread::sleep(PULSE);
                 emit(&TrainerEvent::Alive);
+                let vitals = vitals::taken(&newest);
+                if vitals.as_ref().map(|v| v.steps) != said {
+                    said = vitals.as_ref().map(|v| v.steps);
+                    vitals.map(TrainerEvent::Vitals).iter().for_each(emit);
+                }
             }
         });
         orders
@@ -218,12 +227,13 @@ mod tests {
             rank: Rank(0),
             world: WorldSize(1),
             kv_address: ([127, 0, 0, 1], 1).into(),
+            traceparent: None,
         }
     }
 
     #[test]
     fn a_generation_is_joined_once_and_the_newest_counts() {
-        let orders = Orders { seen: Arc::default() };
+        let orders = Orders { seen: Arc::default(), vitals: vitals::Shared::default() };
         orders.seen.take(TrainerOrder::Join(membership(1)));
         orders.seen.take(TrainerOrder::Join(membership(2)));
         assert_eq!(orders.next(), Next::Join(membership(2)));
@@ -236,7 +246,7 @@ mod tests {
 
     #[test]
     fn what_is_over_before_its_groups_have_formed_is_not_entered() {
-        let orders = Orders { seen: Arc::default() };
+        let orders = Orders { seen: Arc::default(), vitals: vitals::Shared::default() };
         orders.seen.take(TrainerOrder::Join(membership(1)));
         assert_eq!(orders.next(), Next::Join(membership(1)));
         orders.seen.take(TrainerOrder::Leave { generation: Generation(7) });

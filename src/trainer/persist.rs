@@ -4,11 +4,12 @@ use super::TrainerError;
 use super::orders::Orders;
 use super::setup::{self, Trainer};
 use super::snapshot::{Circumstances, hand_over, unnamed};
-use super::validate;
+use super::{pictures, validate};
 use crate::checkpoint::{self, Checkpoint, Position};
 use crate::eval::report::{self, ReportInputs, RunHistory};
 use crate::ledger::{Carried, Receipts};
 use crate::model::{Ensemble, HostTensor, main_state};
+use crate::page::{self, Document};
 use crate::store::{Store, StoreError, StoreOptions};
 use crate::types::{Rank, Step};
 
@@ -16,6 +17,8 @@ use crate::types::{Rank, Step};
 /// run's.
 pub fn checkpoint(t: &mut Trainer) -> Result<(), TrainerError> {
     let Some(writer) = t.writer.as_ref().filter(|_| t.rank.0 == 0) else { return Ok(()) };
+    let step = crate::telemetry::number(t.step.0);
+    let _held = tracing::info_span!("checkpoint", step).entered();
     let batch = &t.config.batch;
     let of = Circumstances {
         step: t.step,
@@ -82,6 +85,21 @@ pub fn given_weights(
     Ok(main_state(unnamed(&tensors).map_err(|e| wrong(e.to_string()))?))
 }
 
+/// What the coordinator has written down of the run. The report does without where that cannot be had.
+fn seen_by_coordinator(t: &Trainer) -> Option<Document> {
+    let bytes = match t.runtime.block_on(t.run.get(page::SEEN_PATH)) {
+        Ok(bytes) => bytes,
+        Err(StoreError::NotFound { .. }) => return None,
+        Err(error) => {
+            tracing::warn!(%error, "the report lacks what the coordinator has seen");
+            return None;
+        }
+    };
+    serde_json::from_slice(&bytes)
+        .inspect_err(|error| tracing::warn!(%error, "`{}` is damaged", page::SEEN_PATH))
+        .ok()
+}
+
 /// Rank 0 writes the report into the run.
 pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
     if t.summary.is_none() {
@@ -91,7 +109,13 @@ pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError
     if t.rank.0 != 0 {
         return Ok(());
     }
-    let overlays = validate::overlays(t)?;
+    let overlays = pictures::of_first(t)?;
+    let [best, worst] = match &t.summary {
+        Some(summary) => pictures::of_extremes(t, summary)?,
+        None => [Vec::new(), Vec::new()],
+    };
+    let seen = seen_by_coordinator(t);
+    let method = t.config.method.name();
     let config = toml::to_string(&t.config).map_err(|e| TrainerError::Report(e.to_string()))?;
     let names = validate::class_names(t);
     let environment = [
@@ -110,6 +134,11 @@ pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError
         config: &config,
         environment: &environment,
         overlays: &overlays,
+        best: &best,
+        worst: &worst,
+        method: &method,
+        steps: t.total.0,
+        seen: seen.as_ref(),
     })
     .map_err(|e| TrainerError::Report(e.to_string()))?;
     t.runtime.block_on(async {

@@ -9,7 +9,7 @@ use super::methods;
 use super::pace::Pace;
 use super::ranks::Ranks;
 use super::snapshot::Copies;
-use super::{TrainerError, device};
+use super::{TrainerError, device, traces};
 use crate::bridge::ops::SumOverRanks;
 use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions};
 use crate::collective::{ProcessGroup, Reducer};
@@ -255,6 +255,6 @@ pub(super) fn start_writer(t: &Trainer) -> Result<Writer, TrainerError> {
         keep_every: kept.keep_every,
         keep_best: kept.keep_best as usize,
     });
-    let options = WriterOptions { identity, retention };
+    let options = WriterOptions { identity, retention, written: traces::checkpoint_written };
     Ok(Writer::start(t.runtime.handle().clone(), t.run.clone(), options)?)
 }

@@ -4,22 +4,20 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::TrainerError;
 use super::orders::{Orders, emit};
 use super::setup::Trainer;
+use super::{TrainerError, pictures};
 use crate::data::{Dataset, Split, Volume as DataVolume, augment};
-use crate::eval::report::{Record, ReportOverlay, ValidationRecord};
+use crate::eval::report::{Record, ValidationRecord};
 use crate::eval::{
     CaseScores, DistanceUnit, EmptyPolicy, EvalSettings, Segmenter, Summary, Volume, Zoom,
-    evaluate_volume, overlay, segment_volume,
+    evaluate_volume,
 };
 use crate::model::{ModelError, Network};
 use crate::proto::{Doing, TrainerEvent};
 
 /// Slices of a volume that go through the network together.
 pub(super) const BATCH: usize = 8;
-/// Pictures in the report.
-const OVERLAYS: usize = 3;
 
 /// The network as `eval` sees it: decoder 1's main output, arg-max over classes.
 pub(super) struct ArgMax<'a>(pub(super) &'a Network);
@@ -56,7 +54,7 @@ pub(super) fn zoom() -> Zoom<'static> {
     Zoom { image: &augment::zoom::<f32>, label: &augment::zoom::<u8> }
 }
 
-fn settings(t: &Trainer) -> EvalSettings {
+pub(super) fn settings(t: &Trainer) -> EvalSettings {
     EvalSettings {
         patch: t.patch,
         classes: u8::try_from(t.nets.main().config().classes).unwrap_or(u8::MAX),
@@ -95,6 +93,8 @@ pub(super) fn score_volumes(
 
 /// Scores every validation volume, each on one rank; every rank ends with the same summary.
 pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
+    let _validating =
+        tracing::info_span!("validation", step = crate::telemetry::number(t.step.0)).entered();
     // The running statistics that count are rank 0's (per-rank batch norm).
     for (_, buffer) in t.nets.main().params().buffers() {
         t.ranks.copy_from_first(buffer)?;
@@ -117,6 +117,7 @@ pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
         parts.push(serde_json::from_slice(&part).map_err(|e| TrainerError::Report(e.to_string()))?);
     }
     let names = class_names(t);
+    let pictures = pictures::leave(t)?;
     let summary =
         Summary::of(parts, &names, &settings).map_err(|e| TrainerError::Report(e.to_string()))?;
     let dice: Vec<f64> = summary.classes.iter().map(|c| c.means.dice.unwrap_or(f64::NAN)).collect();
@@ -125,7 +126,7 @@ pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
     let class_dice: BTreeMap<String, f64> = dice.iter().cloned().collect();
     t.history.push(Record::Validation(ValidationRecord { step: t.step.0, mean_dice, class_dice }));
     if t.rank.0 == 0 {
-        emit(&TrainerEvent::Validation { step: t.step, dice, mean_dice });
+        emit(&TrainerEvent::Validation { step: t.step, dice, mean_dice, pictures });
     }
     t.summary = Some(summary);
     Ok(())
@@ -139,38 +140,4 @@ fn seen<'a>(volume: &'a DataVolume, label: &'a [u8]) -> Volume<'a> {
         shape: volume.shape,
         spacing_mm: volume.spacing_mm.unwrap_or([1.0; 3]),
     }
-}
-
-/// Pictures of the first validation volumes' middle slices, prediction beside truth.
-pub fn overlays(t: &Trainer) -> Result<Vec<ReportOverlay>, TrainerError> {
-    let settings = settings(t);
-    let fail = |e: &dyn std::fmt::Display| TrainerError::Report(e.to_string());
-    let mut pictures = Vec::new();
-    for id in t.dataset.volumes(Split::Val).into_iter().take(OVERLAYS) {
-        let volume = t.dataset.load_volume(id)?;
-        let Some(label) = &volume.labels else { continue };
-        let [d, h, w] = volume.shape;
-        let prediction = segment_volume(
-            &mut ArgMax(t.nets.main()),
-            &volume.name,
-            &volume.slices,
-            volume.shape,
-            &settings,
-            zoom(),
-        )
-        .map_err(|e| fail(&e))?;
-        emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
-        let middle = d / 2 * h * w..(d / 2 + 1) * h * w;
-        // Its first channel is what is seen.
-        let first = d / 2 * volume.channels * h * w;
-        let png = overlay::overlay_png(
-            &volume.slices[first..first + h * w],
-            &label[middle.clone()],
-            &prediction[middle],
-            (h, w),
-        )
-        .map_err(|e| fail(&e))?;
-        pictures.push(ReportOverlay { caption: format!("{}, slice {}", volume.name, d / 2), png });
-    }
-    Ok(pictures)
 }

@@ -26,6 +26,7 @@ use super::{JoinToken, TrustError};
 /// What names the derivation: another version of it would be another authority.
 const SALT: &[u8] = b"cpcr join token, version 1";
 const KEY_OF_AUTHORITY: &[u8] = b"key of the certificate authority, Ed25519";
+const PASSWORD_OF_PAGE: &[u8] = b"password of the page";
 /// What precedes an Ed25519 seed in PKCS#8 (RFC 8410).
 const PKCS8_ED25519: [u8; 16] =
     [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
@@ -44,6 +45,8 @@ pub enum Purpose {
     Control,
     /// Keys of c10d stores.
     Keys,
+    /// The run's page, for browsers and scrapers: the server alone proves itself; its clients give a password.
+    Page,
     /// S3 requests, which are signed: the server alone proves itself, by the name or address it was asked for.
     Objects,
 }
@@ -54,7 +57,7 @@ impl Purpose {
         match self {
             Self::Control => b"h2",
             Self::Keys => b"cpcr-keys",
-            Self::Objects => b"http/1.1",
+            Self::Page | Self::Objects => b"http/1.1",
         }
     }
 }
@@ -87,6 +90,7 @@ impl Issued {
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+    page_password: Zeroizing<String>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
     /// This process's certificates by the names in them, and when they were issued.
@@ -103,16 +107,26 @@ fn failed(error: impl std::fmt::Display) -> TrustError {
     TrustError::Token(format!("no certificate can be made: {error}"))
 }
 
-/// The authority's key: the token's only use.
-fn key_of(token: &JoinToken) -> Result<KeyPair, TrustError> {
+/// Fills `bytes` with what the token stands for under a name.
+fn derive(token: &JoinToken, name: &[u8], bytes: &mut [u8; 32]) -> Result<(), TrustError> {
     let secret = hkdf::Salt::new(hkdf::HKDF_SHA256, SALT).extract(token.expose().as_bytes());
+    secret.expand(&[name], hkdf::HKDF_SHA256).and_then(|output| output.fill(bytes)).map_err(failed)
+}
+
+/// What whoever may only look gives: the token cannot be told from it.
+fn password_of(token: &JoinToken) -> Result<Zeroizing<String>, TrustError> {
+    let mut bytes = Zeroizing::new([0; 32]);
+    derive(token, PASSWORD_OF_PAGE, &mut bytes)?;
+    Ok(Zeroizing::new(hex::encode(&bytes[..16])))
+}
+
+/// The authority's key.
+fn key_of(token: &JoinToken) -> Result<KeyPair, TrustError> {
+    let mut seed = Zeroizing::new([0; 32]);
+    derive(token, KEY_OF_AUTHORITY, &mut seed)?;
     let mut key = Zeroizing::new([0; 48]);
-    let (head, seed) = key.split_at_mut(PKCS8_ED25519.len());
-    head.copy_from_slice(&PKCS8_ED25519);
-    secret
-        .expand(&[KEY_OF_AUTHORITY], hkdf::HKDF_SHA256)
-        .and_then(|output| output.fill(seed))
-        .map_err(failed)?;
+    key[..PKCS8_ED25519.len()].copy_from_slice(&PKCS8_ED25519);
+    key[PKCS8_ED25519.len()..].copy_from_slice(seed.as_slice());
     KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(key.as_slice()), &PKCS_ED25519)
         .map_err(failed)
 }
@@ -134,7 +148,8 @@ impl Authority {
         let provider = Arc::new(provider::default_provider());
         let issuer = Issuer::new(params, key);
         let roots = Arc::new(roots);
-        Ok(Self { issuer, certificate, roots, provider, own: Mutex::default() })
+        let page_password = password_of(token)?;
+        Ok(Self { issuer, certificate, page_password, roots, provider, own: Mutex::default() })
     }
 
     /// A key and a certificate for it, with a DNS name or an address in it, valid around `now`.
@@ -193,7 +208,7 @@ impl Authority {
             Purpose::Control | Purpose::Keys => config
                 .with_client_cert_verifier(verifier.build().map_err(failed)?)
                 .with_cert_resolver(Arc::new(Own(self.clone()))),
-            Purpose::Objects => config
+            Purpose::Page | Purpose::Objects => config
                 .with_no_client_auth()
                 .with_cert_resolver(Arc::new(Named(self.clone(), local))),
         };
@@ -206,6 +221,11 @@ impl Authority {
     /// The authority's certificate, for clients that check servers by themselves.
     pub(super) fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// What whoever may only look has to give.
+    pub(super) fn page_password(&self) -> &str {
+        &self.page_password
     }
 
     /// How it connects to them.

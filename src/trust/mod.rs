@@ -156,6 +156,13 @@ impl Trust {
         self.0.as_deref().map(|authority| authority.certificate().as_ref())
     }
 
+    /// What browsers and scrapers have to give for the run's page beyond loopback; none without a token. Nobody can make
+    /// the token of it.
+    #[must_use]
+    pub fn page_password(&self) -> Option<&str> {
+        self.0.as_deref().map(Authority::page_password)
+    }
+
     /// Makes what a listener for `purpose` accepted a connection with a holder of the token.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tracing::Span;
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
 use super::completion::nothing_left;
@@ -18,6 +19,7 @@ use crate::kv::KvServer;
 use crate::proto::wire::{self, agent_message, order};
 use crate::proto::{Assignment, EXIT_FAILED, EXIT_RESUMABLE, Membership, TrainerOrder};
 use crate::telemetry::probe::{Sign, Signs};
+use crate::telemetry::{continues, traceparent_of};
 use crate::trust::{Trust, TrustError};
 use crate::types::{Backend, Generation, Lineage, NodeId, Rank, Step, WorldSize};
 
@@ -113,6 +115,7 @@ pub async fn run_agent(
         silence: Recovery::default().silence(),
         taken: None,
         began: Instant::now(),
+        span: Span::none(),
     };
     let mut client = Some(client);
     loop {
@@ -147,6 +150,8 @@ struct Agent<'a> {
     /// When a coordinator last had this agent.
     taken: Option<Instant>,
     began: Instant,
+    /// Its life, in the run's trace.
+    span: Span,
 }
 
 /// The agent's way to say something; `false` when nobody listens any more.
@@ -354,6 +359,7 @@ impl Agent<'_> {
             }
             order::Kind::Prepare(prepare) => {
                 self.silence = Duration::from_millis(prepare.silence_ms);
+                self.belong(&prepare.run_traceparent);
                 if let Err(error) = self.have_trainer(backend(prepare.nccl)) {
                     return self.not_started(0, &error, outbox).await;
                 }
@@ -390,6 +396,14 @@ impl Agent<'_> {
         true
     }
 
+    /// This agent's life is part of the run's trace, from the first order on.
+    fn belong(&mut self, run: &str) {
+        if self.span.is_none() && !run.is_empty() {
+            let span = tracing::info_span!(parent: None, "agent", cpcr.node = i64::from(self.options.node.0));
+            self.span = continues(span, Some(run));
+        }
+    }
+
     fn child_of(&mut self, generation: u64) -> Option<&mut TrainerChild> {
         self.trainer.as_mut().filter(|child| child.generation() == Some(Generation(generation)))
     }
@@ -413,7 +427,9 @@ impl Agent<'_> {
             rank: Rank(start.rank),
             world: WorldSize(start.world),
             kv_address: start.kv_address.parse().map_err(std::io::Error::other)?,
+            traceparent: Some(start.traceparent).filter(|context| !context.is_empty()),
         };
+        self.belong(&start.run_traceparent);
         self.forget(Some((membership.epoch.clone(), membership.generation)));
         self.have_trainer(backend(start.nccl))?;
         if let Some(child) = &mut self.trainer {
@@ -442,7 +458,13 @@ impl Agent<'_> {
             run: self.options.run.clone(),
             threads: self.options.threads,
         };
-        let child = TrainerChild::spawn(&self.options.child, self.options.node, &assignment)?;
+        let traceparent = traceparent_of(&self.span);
+        let child = TrainerChild::spawn(
+            &self.options.child,
+            self.options.node,
+            &assignment,
+            traceparent.as_deref(),
+        )?;
         self.trainer = Some(child);
         Ok(())
     }

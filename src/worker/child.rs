@@ -11,6 +11,8 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::Instant;
 
 use crate::proto::{Assignment, Doing, Membership, TrainerEvent, TrainerOrder};
+use crate::telemetry::TRACEPARENT;
+use crate::telemetry::logging::LOG_FORMAT;
 use crate::types::{Backend, Generation, NodeId, Step};
 
 /// The environment variable by which a child learns whose death it must follow.
@@ -33,6 +35,21 @@ fn nccl_environment(assignment: &Assignment) -> Vec<(&'static str, &'static str)
         return Vec::new();
     }
     vec![("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_IB_DISABLE", "1")]
+}
+
+/// What the trainer's signals say of it, beside what the user has set.
+fn resource_attributes(node: NodeId, run: &str) -> String {
+    // Commas, equals signs and others would end a value: percent-encoding is the format's own way.
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:".contains(&byte);
+    let run: String = run
+        .bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect();
+    let own = format!("cpcr.node={node},cpcr.run={run}");
+    match std::env::var("OTEL_RESOURCE_ATTRIBUTES") {
+        Ok(given) if !given.is_empty() => format!("{given},{own}"),
+        _ => own,
+    }
 }
 
 /// How a trainer is started.
@@ -95,18 +112,22 @@ impl TrainerChild {
         options: &ChildOptions,
         node: NodeId,
         assignment: &Assignment,
+        traceparent: Option<&str>,
     ) -> std::io::Result<Self> {
         std::fs::create_dir_all(&options.logs)?;
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
-            .open(options.logs.join(format!("trainer-{node}.log")))?;
+            .open(options.logs.join(format!("trainer-{node}.jsonl")))?;
         let text = serde_json::to_string(assignment).map_err(std::io::Error::other)?;
         let mut child = Command::new(&options.engine)
             .arg("trainer")
             .arg("--assignment")
             .arg(text)
             .env(PARENT_VARIABLE, std::process::id().to_string())
+            .env(LOG_FORMAT, "json")
+            .envs(traceparent.map(|context| (TRACEPARENT, context)))
+            .env("OTEL_RESOURCE_ATTRIBUTES", resource_attributes(node, &assignment.run))
             .envs(GROUP_ENVIRONMENT)
             .envs(nccl_environment(assignment))
             .stdin(Stdio::piped())

@@ -2,11 +2,27 @@
 
 use std::collections::BTreeMap;
 
-use super::super::events::{Effect, Now, Progress};
+use super::super::events::{Effect, Milestone, Now, Progress};
+use super::super::members::Trainer;
 use super::super::verdict::{Cause, Goodput, Interruption, Part, Victim};
 use super::{Phase, State};
 use crate::proto::EXIT_DONE;
 use crate::types::{Generation, NodeId, Rank, WorldSize};
+
+/// A member as others see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing<'a> {
+    /// Which.
+    pub node: NodeId,
+    /// In the generation that trains.
+    pub rank: Option<Rank>,
+    /// What its trainer is at.
+    pub doing: &'static str,
+    /// When it was last heard.
+    pub heard: Now,
+    /// The address of its host, as other nodes reach it.
+    pub host: &'a str,
+}
 
 impl State {
     /// Nothing is left to do. Its generation's trainers leave by themselves; those who were told to meet in another
@@ -76,12 +92,60 @@ impl State {
             also: Vec::new(),
             last_progress: self.last_progress,
             ended: now,
+            fenced: now,
             followed: None,
+            grouped: None,
+            restored: None,
             cause,
         };
         self.account.count(interruption.is_loss());
         self.account.mark(now, interruption.part());
         self.interruption = Some(interruption);
+    }
+
+    /// The generation that followed has got so far.
+    pub(super) fn arrived(&mut self, now: Now, generation: Generation, milestone: Milestone) {
+        let Some(interruption) = &mut self.interruption else { return };
+        if interruption.followed.is_some_and(|(_, next, _)| next == generation) {
+            let mark = match milestone {
+                Milestone::Grouped => &mut interruption.grouped,
+                Milestone::Restored => &mut interruption.restored,
+            };
+            mark.get_or_insert(now);
+        }
+    }
+
+    /// How many members the run may have.
+    #[must_use]
+    pub fn wanted(&self) -> u32 {
+        self.limits.max
+    }
+
+    /// Who is here, and at what.
+    pub fn standings(&self) -> impl Iterator<Item = Standing<'_>> {
+        let ranks = match &self.phase {
+            Phase::Training { ranks, .. } | Phase::Adopting { ranks, .. } => Some(ranks),
+            _ => None,
+        };
+        self.members.iter().map(move |(node, member)| Standing {
+            node: *node,
+            rank: ranks.and_then(|ranks| ranks.get(node)).copied(),
+            doing: match member.trainer {
+                _ if member.away.is_some() => "lost",
+                Trainer::Absent => "lost",
+                Trainer::Preparing => "starting",
+                Trainer::Waiting { done: Some(_) } => "stranded",
+                Trainer::Waiting { done: None } => "standby",
+                Trainer::In(_) => "training",
+            },
+            heard: member.last_seen,
+            host: member.kv_address.rsplit_once(':').map_or("", |(host, _)| host),
+        })
+    }
+
+    /// What interrupts the run now, if anything does.
+    pub(in super::super) fn interruption(&self) -> Option<&Interruption> {
+        self.interruption.as_ref()
     }
 
     pub(super) fn close(

@@ -71,7 +71,7 @@ impl State {
         if let Some(interruption) = &mut self.interruption
             && interruption.generation == generation
         {
-            interruption.saw(node, &evidence);
+            interruption.saw(now, node, &evidence);
         }
         let Some(member) = self.members.get_mut(&node) else { return };
         if member.trainer != Trainer::In(generation) {

@@ -1,9 +1,7 @@
 //! Curves as SVG: losses and Dice against steps.
 //!
 //! Long runs are thinned out before they are drawn: a curve has at most [`POINTS_MAX`] points, a
-//! point being the mean over its stretch of steps. Two dresses: a file of its own, on white, and
-//! one for the page, without background and in the page's text colour, so that it fits light and
-//! dark alike.
+//! point being the mean over its stretch of steps. For papers and slides: the page draws its own.
 
 use std::ops::Range;
 
@@ -50,15 +48,6 @@ pub enum Scale {
     Logarithmic,
 }
 
-/// A picture for its own file, and the same one for the page.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Picture {
-    /// On white.
-    pub file: String,
-    /// In the colours of the page around it.
-    pub inline: String,
-}
-
 /// At most `most` points: means over equal stretches.
 #[must_use]
 pub fn thin_out(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
@@ -75,7 +64,7 @@ pub fn thin_out(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
 ///
 /// # Errors
 /// When the plotting library fails.
-pub fn draw(title: &str, curves: &[Curve], scale: Scale) -> Result<Picture, ReportError> {
+pub fn draw(title: &str, curves: &[Curve], scale: Scale) -> Result<String, ReportError> {
     let drawable = |value: f64| value.is_finite() && (scale == Scale::Unit || value > 0.0);
     let curves: Vec<Curve> = curves
         .iter()
@@ -191,20 +180,18 @@ fn short(value: f64) -> String {
     }
 }
 
-fn dress(svg: &str, title: &str) -> Picture {
+/// On white, with a title that screen readers say.
+fn dress(svg: &str, title: &str) -> String {
     let title = escape(title);
     let named = svg.replacen("<svg ", &format!("<svg role=\"img\" aria-label=\"{title}\" "), 1);
     let white =
         format!("<title>{title}</title><rect width=\"100%\" height=\"100%\" fill=\"#FFFFFF\"/>");
-    let inside = |insert: &str| match named
-        .find("<svg ")
-        .and_then(|at| named[at..].find('>').map(|end| at + end + 1))
-    {
-        Some(at) => format!("{}{insert}{}", &named[..at], &named[at..]),
-        None => named.clone(),
+    let start = named.find("<svg ").and_then(|at| named[at..].find('>').map(|end| at + end + 1));
+    let whole = match start {
+        Some(at) => format!("{}{white}{}", &named[..at], &named[at..]),
+        None => named,
     };
-    let inline = inside(&format!("<title>{title}</title>")).replace(INK_SVG, "currentColor");
-    Picture { file: inside(&white).replace(INK_SVG, "#222222"), inline }
+    whole.replace(INK_SVG, "#222222")
 }
 
 #[cfg(test)]
@@ -225,17 +212,16 @@ mod tests {
         assert!(thin[0].0 < 200.0 && thin[thin.len() - 1].0 > 49_800.0);
         assert_eq!(thin_out(&curve(10).points, POINTS_MAX), curve(10).points);
         let picture = draw("t", &[curve(50_000)], Scale::Logarithmic).unwrap();
-        assert!(picture.file.len() < 60_000, "{}", picture.file.len());
+        assert!(picture.len() < 60_000, "{}", picture.len());
     }
 
     #[test]
     fn names_are_escaped_and_nothing_can_be_drawn_too() {
         let picture = draw("x\"y", &[curve(3)], Scale::Unit).unwrap();
-        assert!(picture.inline.contains("a&lt;b") && !picture.inline.contains("a<b"));
-        assert!(picture.inline.contains("x&quot;y") && picture.inline.contains("currentColor"));
-        assert!(!picture.file.contains(INK_SVG) && !picture.inline.contains(INK_SVG));
+        assert!(picture.contains("a&lt;b") && !picture.contains("a<b"));
+        assert!(picture.contains("x&quot;y") && !picture.contains(INK_SVG));
         let nan = Curve { name: "n".into(), points: vec![(1.0, f64::NAN)] };
-        assert!(draw("t", &[nan], Scale::Logarithmic).unwrap().file.contains("nothing recorded"));
+        assert!(draw("t", &[nan], Scale::Logarithmic).unwrap().contains("nothing recorded"));
         let single = Curve { name: "s".into(), points: vec![(5.0, 0.25)] };
         assert!(draw("t", &[single], Scale::Logarithmic).is_ok());
     }

@@ -21,11 +21,11 @@
 //! | `damaged_lines` | lines of the history that could not be read |
 //! | `environment`, `config` | as given |
 //!
-//! `report/metrics.csv` has every step that counts, unthinned.
+//! `report/metrics.csv` has every step that counts, unthinned; `report/page.json` is what `report/index.html` draws.
 
 mod curves;
+mod document;
 mod history;
-mod html;
 mod table;
 mod text;
 
@@ -33,11 +33,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-pub use curves::{Curve, Picture, Scale, draw, thin_out};
+pub use curves::{Curve, Scale, draw, thin_out};
 pub use history::{Record, RunEvent, RunHistory, StepRecord, ValidationRecord};
 pub use table::{csv, text_table};
 
 use super::summary::Summary;
+use crate::page::{self, Document};
 
 /// Why no report could be made.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +82,16 @@ pub struct ReportInputs<'a> {
     pub environment: &'a [(String, String)],
     /// Pictures.
     pub overlays: &'a [ReportOverlay],
+    /// Pictures of the cases that came out best.
+    pub best: &'a [ReportOverlay],
+    /// And worst.
+    pub worst: &'a [ReportOverlay],
+    /// The training method.
+    pub method: &'a str,
+    /// Steps in all.
+    pub steps: u64,
+    /// What the coordinator has seen of the run, if it has said so.
+    pub seen: Option<&'a Document>,
 }
 
 /// Makes the report: paths relative to the run, and bytes.
@@ -90,15 +101,17 @@ pub struct ReportInputs<'a> {
 pub fn render(inputs: &ReportInputs<'_>) -> Result<Vec<(String, Vec<u8>)>, ReportError> {
     let loss = draw("Loss terms by step", &loss_curves(inputs.history), Scale::Logarithmic)?;
     let dice = draw("Validation Dice by step", &dice_curves(inputs.history), Scale::Unit)?;
-    let page = html::page(inputs, &loss, &dice);
+    let document = document::document(inputs);
+    let page = page::embedded(&document)?;
     let mut json = serde_json::to_vec_pretty(&metrics_json(inputs)?)?;
     json.push(b'\n');
     let mut files = vec![
         ("report/metrics.json".to_owned(), json),
         ("report/metrics.csv".to_owned(), metrics_csv(inputs.history).into_bytes()),
-        ("report/curves-loss.svg".to_owned(), loss.file.into_bytes()),
-        ("report/curves-dice.svg".to_owned(), dice.file.into_bytes()),
+        ("report/curves-loss.svg".to_owned(), loss.into_bytes()),
+        ("report/curves-dice.svg".to_owned(), dice.into_bytes()),
         ("report/index.html".to_owned(), page.into_bytes()),
+        (page::REPORT_PATH.to_owned(), serde_json::to_vec(&document)?),
     ];
     let pictures = inputs.overlays.iter().enumerate();
     files.extend(

@@ -80,6 +80,8 @@ fn files(history: &RunHistory, summary: Option<&Summary>) -> BTreeMap<String, Ve
     let image: Vec<f32> = (0..side * side).map(|i| ((i % side) as f32 / 96.0).sin()).collect();
     let png = overlay_png(&image, &disc(15.0, 0.0), &disc(13.0, 4.0), (side, side)).unwrap();
     let overlays = vec![ReportOverlay { caption: "p1, slice 4".into(), png }; 2];
+    let mut seen = Document { live: true, ..Document::default() };
+    seen.notes.push(page::Note { at: 5.0, text: "rank 3 <killed> by signal 9".to_owned() });
     let inputs = ReportInputs {
         name: "demo <script>alert(1)</script>",
         run_url: "s3://bucket/my run",
@@ -90,6 +92,11 @@ fn files(history: &RunHistory, summary: Option<&Summary>) -> BTreeMap<String, Ve
         config: "method = \"cpcr\"\n[train]\niterations = 400 # <&>\n",
         environment: &[("CPU".to_owned(), "some <model>".to_owned())],
         overlays: &overlays,
+        best: &overlays[..1],
+        worst: &overlays[..1],
+        method: "cpcr",
+        steps: 400,
+        seen: Some(&seen),
     };
     render(&inputs).unwrap().into_iter().collect()
 }
@@ -109,19 +116,30 @@ fn the_report_has_every_file_and_the_page_stands_alone() {
             "report/metrics.json",
             "report/overlays/001.png",
             "report/overlays/002.png",
+            "report/page.json",
         ]
     );
     let page = String::from_utf8(files["report/index.html"].clone()).unwrap();
     for forbidden in
-        ["<script", "<b>LV", "<killed>", "some <model>", "src=\"http", "<link", "@import"]
+        ["<script>alert", "<b>LV", "<killed>", "some <model>", "src=\"http", "href=\"http", "@import"]
     {
         assert!(!page.contains(forbidden), "{forbidden}");
     }
-    for expected in
-        ["--resume auto", "cpcr eval --run &#39;s3://bucket/my run&#39;", "cpcr predict"]
-    {
+    for expected in [
+        "--resume auto",
+        "cpcr eval --run 's3://bucket/my run'",
+        "cpcr predict",
+        "killed> by signal",
+    ] {
         assert!(page.contains(expected), "{expected}");
     }
+    let document: Document = serde_json::from_slice(&files["report/page.json"]).unwrap();
+    assert!(!document.live && document.curves.steps.len() <= 400);
+    assert_eq!(document.curves.steps.last(), Some(&400));
+    let report = document.report.unwrap();
+    assert_eq!(report.scores.unwrap().classes[0].dice, Some(0.5));
+    assert_eq!((report.cases.len(), report.best.len(), report.worst.len()), (2, 1, 1));
+    assert_eq!(document.notes.len(), 1, "the coordinator's own words");
     if let Some(folder) = std::env::var_os("CPCR_KEEP_REPORT") {
         for (path, bytes) in &files {
             let path = std::path::Path::new(&folder).join(path);

@@ -1,0 +1,320 @@
+//! The board's server: the page, its document as server-sent events, pictures, and the metrics. It only reads.
+//!
+//! On loopback in plain text, for whoever is on this machine; beyond it by HTTPS with the run's authority, and only
+//! to those who give the page's password. Requests, connections and streams are bounded.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::sse::{self, KeepAlive, Sse};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use base64::prelude::{BASE64_STANDARD, Engine};
+use futures::Stream;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+
+use super::{Board, prometheus_text};
+use crate::page;
+use crate::store::{Store, StoreError};
+use crate::trust::{Incoming, Purpose, Trust, TrustError};
+
+/// Connections at once; more wait in the kernel's queue.
+const CONNECTIONS_MAX: usize = 256;
+/// Pages that follow the run at once.
+const STREAMS_MAX: usize = 64;
+/// How long a connection may take to send a request's header.
+const HEADER_MAX: Duration = Duration::from_secs(10);
+/// Between two documents of a stream.
+const PAUSE: Duration = Duration::from_millis(300);
+/// Longest that the end of a run waits for pages to hear of it.
+const END_MAX: Duration = Duration::from_secs(1);
+/// A document comes after this time, whether or not anything has changed.
+const AT_LEAST: Duration = Duration::from_secs(2);
+/// What the page may do: nothing but draw, and ask this server.
+const POLICY: &str = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+     connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// Seconds since 1970.
+#[must_use]
+pub fn unix_now() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// The board with whoever wants to know that it has changed. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct SharedBoard {
+    board: Arc<Mutex<Board>>,
+    changed: watch::Sender<u64>,
+}
+
+impl SharedBoard {
+    /// Of a board.
+    #[must_use]
+    pub fn new(board: Board) -> Self {
+        Self { board: Arc::new(Mutex::new(board)), changed: watch::Sender::new(0) }
+    }
+
+    /// Changes it.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Board, f64) -> T) -> T {
+        // A board whose change was cut off by a panic is only less right.
+        let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut board, unix_now());
+        drop(board);
+        self.changed.send_modify(|version| *version += 1);
+        result
+    }
+
+    /// Looks at it.
+    pub fn look<T>(&self, look: impl FnOnce(&Board, f64) -> T) -> T {
+        look(&self.board.lock().unwrap_or_else(PoisonError::into_inner), unix_now())
+    }
+
+    /// For instruments that look by themselves.
+    #[must_use]
+    pub fn inner(&self) -> &Arc<Mutex<Board>> {
+        &self.board
+    }
+
+    fn document(&self) -> page::Document {
+        self.look(|board, now| board.document(now))
+    }
+}
+
+/// What handlers need.
+#[derive(Clone)]
+struct Served {
+    board: SharedBoard,
+    run: Store,
+    /// The page's password, where one is wanted.
+    password: Option<Arc<str>>,
+    streams: Arc<Semaphore>,
+}
+
+/// Where the board is to be seen.
+#[derive(Debug)]
+pub struct BoardServer {
+    /// The page's address.
+    pub url: String,
+    task: tokio::task::JoinHandle<()>,
+    streams: Arc<Semaphore>,
+}
+
+impl BoardServer {
+    /// Waits until every page that follows the run has been told how it ended; not for long.
+    pub async fn end(self) {
+        let all = self.streams.acquire_many(STREAMS_MAX as u32);
+        if tokio::time::timeout(END_MAX, all).await.is_err() {
+            tracing::debug!("a page was not told of the end");
+        }
+    }
+}
+
+impl Drop for BoardServer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Starts serving `board`, and the pictures in `run`, on `listener`.
+///
+/// # Errors
+/// [`TrustError::NoToken`] beyond loopback without a token.
+pub fn start(
+    listener: TcpListener,
+    trust: &Trust,
+    board: SharedBoard,
+    run: Store,
+) -> Result<BoardServer, TrustError> {
+    let address = listener.local_addr().unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let plain = address.ip().to_canonical().is_loopback();
+    let (trust, scheme) =
+        if plain { (Trust::loopback(), "http") } else { (trust.clone(), "https") };
+    let password = trust.page_password().map(Arc::from);
+    let incoming = trust.incoming(listener, Purpose::Page)?;
+    let streams = Arc::new(Semaphore::new(STREAMS_MAX));
+    let routes = routes(Served { board, run, password, streams: Arc::clone(&streams) });
+    let task = tokio::spawn(accept(incoming, routes));
+    Ok(BoardServer { url: format!("{scheme}://{address}/"), task, streams })
+}
+
+fn routes(served: Served) -> Router {
+    Router::new()
+        .route("/", get(|| async { Html(page::live()) }))
+        .route("/events", get(events))
+        .route(
+            "/data.json",
+            get(|served: State<Served>| async move { Json(served.board.document()) }),
+        )
+        .route("/overlays/{name}", get(picture))
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .layer(middleware::from_fn_with_state(served.clone(), guard))
+        .with_state(served)
+}
+
+/// Lets in whom it should, and says to browsers what the page may do.
+async fn guard(State(served): State<Served>, request: Request, next: Next) -> Response {
+    let mut response = match &served.password {
+        Some(password) if !gives(request.headers(), password) => {
+            let realm = [(header::WWW_AUTHENTICATE, "Basic realm=\"cpcr\", charset=\"UTF-8\"")];
+            (
+                StatusCode::UNAUTHORIZED,
+                realm,
+                "the page's password is wanted: `cpcr page-password`\n",
+            )
+                .into_response()
+        }
+        // A page of somebody else's, whose name was made to mean this machine, is not to read it.
+        None if !asks_loopback(request.headers()) => {
+            (StatusCode::FORBIDDEN, "ask for localhost\n").into_response()
+        }
+        _ => next.run(request).await,
+    };
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::CACHE_CONTROL, "no-store"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Whether a request has the password: as a bearer's token, or as anybody's password.
+fn gives(headers: &HeaderMap, password: &str) -> bool {
+    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let Some((scheme, value)) = given.and_then(|given| given.split_once(' ')) else { return false };
+    let same = |text: &str| {
+        aws_lc_rs::constant_time::verify_slices_are_equal(text.as_bytes(), password.as_bytes())
+            .is_ok()
+    };
+    match scheme.to_ascii_lowercase().as_str() {
+        "bearer" => same(value.trim()),
+        "basic" => {
+            let decoded = BASE64_STANDARD.decode(value.trim()).unwrap_or_default();
+            let text = String::from_utf8_lossy(&decoded);
+            text.split_once(':').is_some_and(|(_, given)| same(given))
+        }
+        _ => false,
+    }
+}
+
+fn asks_loopback(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(header::HOST).and_then(|value| value.to_str().ok()) else {
+        return false;
+    };
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+}
+
+/// Where a stream is.
+enum Follow {
+    /// Before its first document.
+    First,
+    Going,
+    /// The last one has been sent.
+    Told,
+}
+
+/// The document, now and whenever it has changed.
+async fn events(State(served): State<Served>) -> Response {
+    let Ok(place) = Arc::clone(&served.streams).try_acquire_owned() else {
+        let why = "too many pages follow this run\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+    };
+    let keep_alive = KeepAlive::new().interval(Duration::from_secs(15));
+    Sse::new(follow(served.board, place)).keep_alive(keep_alive).into_response()
+}
+
+fn follow(
+    board: SharedBoard,
+    place: OwnedSemaphorePermit,
+) -> impl Stream<Item = Result<sse::Event, Infallible>> {
+    let changes = board.changed.subscribe();
+    let begin = (board, changes, Follow::First, place);
+    futures::stream::unfold(begin, |(board, mut changes, at, place)| async move {
+        match at {
+            Follow::First => {}
+            Follow::Going => {
+                tokio::time::sleep(PAUSE).await;
+                // Time passes for a board that does not change, too.
+                tokio::time::timeout(AT_LEAST, changes.changed()).await.ok();
+            }
+            Follow::Told => return None,
+        }
+        changes.mark_unchanged();
+        let document = board.document();
+        let next = if document.state.status.is_some() { Follow::Told } else { Follow::Going };
+        let event = sse::Event::default().event("run").json_data(document);
+        Some((Ok(event.ok()?), (board, changes, next, place)))
+    })
+}
+
+async fn metrics(State(served): State<Served>) -> Response {
+    let text = served.board.look(prometheus_text);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+/// A validation's picture, out of the run's folder.
+async fn picture(State(served): State<Served>, Path(name): Path<String>) -> Response {
+    if !page::is_picture_name(&name) {
+        return StatusCode::NOT_FOUND.into_response();
+    }
+    match served.run.get(&format!("{}/{name}", page::PICTURES)).await {
+        Ok(bytes) => ([(header::CONTENT_TYPE, "image/png")], Body::from(bytes)).into_response(),
+        Err(StoreError::NotFound { .. }) => StatusCode::NOT_FOUND.into_response(),
+        Err(error) => {
+            tracing::debug!(%error, "a picture cannot be shown");
+            StatusCode::BAD_GATEWAY.into_response()
+        }
+    }
+}
+
+/// Accepts as long as it is not dropped; connections are this task's children and end with it.
+async fn accept(mut incoming: Incoming, routes: Router) {
+    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_MAX);
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            Some(_) = connections.join_next() => continue,
+            accepted = async {
+                let slot = Arc::clone(&slots).acquire_owned().await;
+                (slot, incoming.next().await)
+            } => accepted,
+        };
+        let (Ok(slot), Some(stream)) = accepted else { break };
+        let service = TowerToHyperService::new(routes.clone());
+        let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        connections.spawn(async move {
+            let _slot = slot;
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection of the page ended early");
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+#[path = "serve_tests.rs"]
+mod tests;

@@ -11,9 +11,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cpcr::telemetry::{
-    Otlp, OtlpSettings, Phase, Process, StepTrace, continues, traceparent_of,
-};
+use cpcr::telemetry::{Otlp, OtlpSettings, Phase, Process, StepTrace, continues, traceparent_of};
 use cpcr::types::{Rank, Step};
 use opentelemetry_otlp::Protocol;
 use prost::Message;

@@ -218,6 +218,7 @@ async fn own(
             }
             _ = tick.tick() => {
                 signs.give(Sign::Ready);
+                outbound.board.change(|board, _| board.account(&state.settled()));
                 Some(Event::Tick)
             }
         };

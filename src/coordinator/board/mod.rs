@@ -261,7 +261,7 @@ impl Board {
         let (generation, cause) = (interruption.generation.0, cause.to_string());
         let rows = &mut self.shown.generations;
         if let Some(row) = rows.iter_mut().rev().find(|row| row.generation == generation)
-            && row.to.is_none()
+            && row.end.is_none()
         {
             (row.to, row.end) = (Some(ended), Some(cause));
         }
@@ -294,6 +294,15 @@ impl Board {
         let kind = verdict.cause.kind.name();
         *self.interruptions.entry(kind.clone()).or_default() += 1;
         self.shown.interruptions.retain(|row| !row.open);
+        let ended = self
+            .shown
+            .generations
+            .iter_mut()
+            .rev()
+            .find(|row| row.generation == verdict.generation.0);
+        if let Some(row) = ended {
+            row.end.get_or_insert_with(|| verdict.cause.to_string());
+        }
         let phases = verdict.phases;
         self.shown.interruptions.push(InterruptionRow {
             at: now - outage_s.unwrap_or_default() + verdict.detect_s,

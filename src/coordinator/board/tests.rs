@@ -192,6 +192,8 @@ fn a_killed_trainer_is_shown_until_it_is_back_and_its_verdict_stays() {
     let document = board.document(1027.0);
     let row = document.interruptions.last().unwrap();
     assert!(!row.open && row.loss);
+    let end = document.generations[0].end.as_deref();
+    assert_eq!(end, Some("the trainer of node 1 (rank 1) was killed by signal 9"));
     assert_eq!((row.at, row.outage_s, row.restore_s), (1018.0, Some(10.0), Some(2.0)));
     let text = prometheus_text(&board, 1027.0);
     assert!(text.contains("cpcr_interruptions_total{kind=\"trainer-killed\"} 1\n"), "{text}");

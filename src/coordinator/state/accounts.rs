@@ -70,6 +70,12 @@ impl State {
         self.account.goodput()
     }
 
+    /// The account as far as it is settled: what the time since then was spent on shows only with what comes next.
+    #[must_use]
+    pub fn settled(&self) -> Goodput {
+        self.account.goodput()
+    }
+
     /// A generation ended of this.
     pub(super) fn interrupted(&mut self, now: Now, cause: Cause, effects: &mut Vec<Effect>) {
         if let Some(before) = self.interruption.take() {

@@ -120,9 +120,15 @@ fn the_report_has_every_file_and_the_page_stands_alone() {
         ]
     );
     let page = String::from_utf8(files["report/index.html"].clone()).unwrap();
-    for forbidden in
-        ["<script>alert", "<b>LV", "<killed>", "some <model>", "src=\"http", "href=\"http", "@import"]
-    {
+    for forbidden in [
+        "<script>alert",
+        "<b>LV",
+        "<killed>",
+        "some <model>",
+        "src=\"http",
+        "href=\"http",
+        "@import",
+    ] {
         assert!(!page.contains(forbidden), "{forbidden}");
     }
     for expected in [

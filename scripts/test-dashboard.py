@@ -2,7 +2,7 @@
 """The page of a run in a real browser: headless Chromium, driven through chromedriver's WebDriver protocol.
 
     scripts/test-dashboard.py page              the page alone, fed by a server in here with made-up documents
-    scripts/test-dashboard.py run --bin DIR     a real run of DIR/cpcr-launch, of which one trainer is killed
+    scripts/test-dashboard.py run --bin DIR     a real run of DIR/cpcr-launch: a trainer is killed, then the coordinator
 
 `--screenshots DIR` keeps pictures of what was seen. Without chromium and chromedriver it says that it was skipped,
 and that is a failure only with `--strict`. The standard library only. What it is not: a test of other browsers.
@@ -504,7 +504,8 @@ def check_loss(browser, server, screenshots):
     server.send(with_a_loss(made_up(130)))
     wait_for("the lost worker", lambda: browser.count("[data-node='1'][data-state='lost']") == 1)
     check("it is shown as lost, in words", "lost" in text("[data-node='1']"), text("[data-node='1']"))
-    check("the phase is told", "Recovering" in text("#progress"))
+    check("the phase is told, and why", all(part in text("#progress") for part in ("Recovering", "node 1 was lost")),
+          text("#progress"))
     first = text("#timeline li")
     check("the interruption comes first in the list", "node 1 was lost" in first and "still lasts" in first, first)
     check("and is announced", "node 1 was lost" in announced() and "Recovering" in announced(), announced())
@@ -520,6 +521,9 @@ def check_connection(browser, server):
 
     wait("stale")
     check("silence is told", "no news for" in browser.text("#link"), browser.text("#link"))
+    server.send(made_up(142))
+    wait("live")
+    check("news without a step are told", "no step for" in browser.text("#progress"), browser.text("#progress"))
     check("the console is clean", (told := browser.console()) == [], told)
     server.stop()
     wait("lost")
@@ -592,7 +596,7 @@ def test_page(browser, options):
     browser.open(f"http://127.0.0.1:{server.port}/")
     wait_for("the first document", lambda: browser.stands("step") == "120")
     check("its title", browser.value("document.title") == "demo - cpcr")
-    check("it is live", browser.text("#link") == "live" and browser.text("#brand") == "cpcr · live")
+    check("it is live", browser.text("#link") == "live" and browser.text("#brand") == "cpcr · dashboard")
     hidden = browser.value("[...document.querySelectorAll('main section')].filter((it) => it.hidden).map((it) => it.id)")
     check("what is empty is hidden", hidden == ["scores", "cases", "commands", "setup"], hidden)
     unnamed = browser.count("main svg:not([role='img'][aria-label])")
@@ -625,7 +629,7 @@ SETS = ["patch_size=32", "batch.labelled=4", "batch.unlabelled=4", "loss.warmup_
         "checkpoint.every=50"]
 # Notes when a loss shows: a lost worker's row, or an interruption more.
 WATCH = """
-const losses = () => document.querySelectorAll("#timeline li[data-loss='true']").length;
+const losses = () => document.querySelectorAll("#timeline li[data-loss]").length;
 const lost = () => document.querySelector("#workers tr[data-state='lost']") !== null;
 window.before = losses();
 new MutationObserver(() => {
@@ -664,8 +668,8 @@ class Run:
         """Where the launcher said that the report is."""
         return pathlib.Path(wait_for("the report's place", lambda: self.said(r"report: (/.*index\.html)")))
 
-    def trainers(self):
-        """Processes that train, among the descendants of the launcher."""
+    def processes(self, program, command):
+        """Descendants of the launcher that are that program at that command, the newest last."""
         parents, lines = {}, {}
         for entry in pathlib.Path("/proc").glob("[0-9]*"):
             try:
@@ -677,8 +681,15 @@ class Run:
         ours = {self.launcher.pid}
         while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
             ours |= more
-        trains = lambda words: len(words) > 1 and words[0].endswith(b"cpcr-engine") and words[1] == b"trainer"
-        return sorted(pid for pid in ours if trains(lines.get(pid, [])))
+        wanted = (program.encode(), command.encode())
+        told = lambda words: len(words) > 1 and (words[0].rpartition(b"/")[2], words[1]) == wanted
+        return sorted(pid for pid in ours if told(lines.get(pid, [])))
+
+    def names(self):
+        """What its dataset calls volumes and patients: nothing that a live page is to say."""
+        data = pathlib.Path(self.report().parents[2], "data/manifest.json")
+        volumes = json.loads(data.read_text())["volumes"]
+        return {volume[key] for volume in volumes for key in ("name", "patient")}
 
     def close(self):
         if self.launcher.poll() is None:
@@ -691,44 +702,92 @@ class Run:
 
 
 def watch_run(browser, run, screenshots):
-    look = lambda name: browser.screenshot(screenshots, f"run-{name}")
+    address = wait_for("the dashboard's address", run.address, 120)
+    said = []
+
+    def look(name):
+        browser.screenshot(screenshots, f"run-{name}")
+        said.append(browser.value("document.documentElement.outerHTML"))
+        for path in ("data.json", "metrics"):
+            with urllib.request.urlopen(address + path, timeout=10) as answer:
+                said.append(answer.read().decode())
+
     browser.look(DESKTOP)
-    browser.open(wait_for("the dashboard's address", run.address, 120))
-    training = lambda: browser.stands("phase") == "training"
-    wait_for("training", lambda: training() and int(browser.stands("step")) > 20, 120)
+    browser.open(address)
+    browser.js("window.same = 1")
+    step = lambda: int(browser.stands("step") or 0)
+    at_work = lambda: browser.stands("link") == "live" and browser.stands("phase") in ("training", "validating", "saving")
+    wait_for("training", lambda: at_work() and step() > 20, 120)
     wait_for("three workers", lambda: browser.count("#workers tr[data-state='training']") == 3, 60)
     look("training")
     browser.look(PHONE)
     look("training-phone")
     check("nothing sticks out on a phone", not browser.sticks_out(PHONE))
     browser.look(DESKTOP)
+    lose_a_trainer(browser, run, look)
+    wait_for("training goes on", at_work, 60)
+    wait_for("its return", lambda: browser.count("#workers tr[data-state='training']") == 3 and at_work(), 60)
+    others = [entry for entry in browser.console() if entry["source"] != "network"]
+    check("the console is clean", others == [], others)
+    lose_the_coordinator(browser, run, step, at_work)
+    wait_for("a picture of a validation", browser.pictures_are_drawn, RUN_S_MAX)
+    captions = browser.value("[...document.querySelectorAll('#overlays figcaption')].map((it) => it.textContent)")
+    unnamed = all(re.fullmatch(r"(step \d+: )?volume \d+, slice \d+", caption) for caption in captions)
+    check("pictures are numbered, not named", captions and unnamed, captions)
+    look("validated")
+    wait_for("the end of the run", lambda: browser.stands("link") == "ended", RUN_S_MAX)
+    check("the end is shown", "Complete" in browser.text("#progress"), browser.text("#progress"))
+    check("without a reload", browser.value("window.same") == 1)
+    check("the loss is still in the list", "killed" in browser.text("#timeline"), browser.text("#timeline .body"))
+    browser.screenshot(screenshots, "run-end")
+    said.append(browser.value("document.documentElement.outerHTML"))
+    check("the launcher ended well", (status := run.launcher.wait(60)) == 0, f"{status}: {run.tail()}")
+    check("the last state stays", browser.stands("link") == "ended")
+    names = run.names()
+    named = sorted(name for name in names if any(name in text for text in said))
+    check("no case of the dataset is named while it lives", names and named == [], named[:5])
+    # Its server goes away with the run, which browsers put on the console.
+    others = [entry for entry in browser.console() if entry["source"] != "network"]
+    check("the console is clean to the end", others == [], others)
+    look_at_report(browser, run, screenshots)
+
+
+def lose_a_trainer(browser, run, look):
     generation = int(browser.stands("generation"))
-    victim = run.trainers()[-1]
+    victim = run.processes("cpcr-engine", "trainer")[-1]
     browser.js(WATCH)
     killed = time.time()
     os.kill(victim, signal.SIGKILL)
     what, seen = wait_for("the loss on the page", lambda: browser.value("window.seen"), 20)
     look("recovery")
     after = seen / 1000 - killed
-    print(f"the page showed {what} {after:.2f} s after the kill", flush=True)
+    print(f"the page showed {what} {after:.2f} s after a trainer was killed", flush=True)
     check(f"a loss shows within {SEEN_S_MAX} s", after <= SEEN_S_MAX, f"{after:.2f} s")
     wait_for("another generation", lambda: int(browser.stands("generation")) > generation, 60)
     check("the list has it", "killed" in browser.text("#timeline"), browser.text("#timeline .body"))
-    wait_for("the end of the run", lambda: browser.stands("link") == "ended", RUN_S_MAX)
-    check("the end is shown", "Complete" in browser.text("#progress"), browser.text("#progress"))
-    look("end")
-    check("the launcher ended well", (status := run.launcher.wait(60)) == 0, f"{status}: {run.tail()}")
-    check("the last state stays", browser.stands("link") == "ended")
-    # Its server goes away with the run, which browsers put on the console.
-    others = [entry for entry in browser.console() if entry["source"] != "network"]
-    check("the console is clean", others == [], others)
+
+
+def lose_the_coordinator(browser, run, step, at_work):
+    """Which serves the page: its successor does so at the same address, and the page finds it."""
+    [victim], killed, before = run.processes("cpcr", "coordinator"), time.monotonic(), step()
+    os.kill(victim, signal.SIGKILL)
+    wait_for("a lost connection", lambda: browser.stands("link") == "lost", 10)
+    wait_for("the run going on", lambda: at_work() and step() > before, 60)
+    print(f"the page showed the run going on {time.monotonic() - killed:.2f} s after the coordinator was killed", flush=True)
+
+
+def look_at_report(browser, run, screenshots):
     browser.open(run.report().as_uri())
     wait_for("the report", lambda: browser.stands("phase") == "finished")
     check("the report has the loss", "killed" in browser.text("#timeline"), browser.text("#timeline .body"))
+    check("the report says how it ended", "Complete" in browser.text("#progress"), browser.text("#progress"))
     check("the report's pictures are drawn", browser.pictures_are_drawn())
-    look("report")
+    parts = ("scores", "cases", "curves", "workers", "timeline", "goodput", "checkpoints", "overlays", "commands", "setup")
+    hidden = [part for part in parts if browser.text(f"#{part} .body").strip() == ""]
+    check("the report has all its parts", hidden == [], hidden)
+    browser.screenshot(screenshots, "run-report")
     browser.look(PHONE)
-    look("report-phone")
+    browser.screenshot(screenshots, "run-report-phone")
     check_looks(browser, "report")
     check("the report's console is clean", (told := browser.console()) == [], told)
 

@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command as Program;
 
+use base64::prelude::{BASE64_STANDARD, Engine};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 use tracing::Span;
@@ -65,6 +66,8 @@ enum Command {
     },
     /// Prints the password of the run's page beyond loopback, by the token in this process's environment.
     PagePassword,
+    /// Prints the certificate, in PEM, by which the run's page beyond loopback can be told from others.
+    PageCertificate,
     /// Tells what this machine lacks.
     Doctor {
         /// A store to probe.
@@ -203,6 +206,7 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Export { rest } => engine("export", &rest),
         Command::Probe { what, state } => probed(&what, &state),
         Command::PagePassword => page_password(),
+        Command::PageCertificate => page_certificate(),
         Command::Bench(Bench::Step { rest }) => engine_bench("step", rest),
         Command::Bench(Bench::Checkpoint { rest }) => engine_bench("checkpoint", rest),
         Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
@@ -216,11 +220,24 @@ fn probed(what: &str, folder: &Path) -> Result<i32, Failure> {
     probe::look(folder, sign).map(|()| EXIT_DONE).map_err(Failure::failed)
 }
 
+fn no_token() -> Failure {
+    Failure::usage("CPCR_JOIN_TOKEN, or CPCR_JOIN_TOKEN_FILE, is wanted: the run's token")
+}
+
+fn page_certificate() -> Result<i32, Failure> {
+    let trust = serve::trust()?;
+    let der = BASE64_STANDARD.encode(trust.certificate().ok_or_else(no_token)?);
+    let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    for line in der.as_bytes().chunks(64) {
+        pem += &format!("{}\n", String::from_utf8_lossy(line));
+    }
+    super::print(&format!("{pem}-----END CERTIFICATE-----\n"))?;
+    Ok(EXIT_DONE)
+}
+
 fn page_password() -> Result<i32, Failure> {
     let trust = serve::trust()?;
-    let password = trust.page_password().ok_or_else(|| {
-        Failure::usage("CPCR_JOIN_TOKEN, or CPCR_JOIN_TOKEN_FILE, is wanted: the run's token")
-    })?;
+    let password = trust.page_password().ok_or_else(no_token)?;
     super::print(&format!("{password}\n"))?;
     Ok(EXIT_DONE)
 }

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::board::report;
 use super::board::serve::SharedBoard;
 use super::chronicle::{ACCOUNT_EVERY, Chronicle};
 use super::events::{Effect, Event, Limits, Progress, Running};
@@ -29,6 +30,7 @@ use crate::ledger::{COMPLETION_PATH, LedgerError, RECEIPTS_MAX, complete};
 use crate::proto::wire::coordinator_server::{Coordinator, CoordinatorServer};
 use crate::proto::wire::{self, agent_message};
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE};
+use crate::store::Store;
 use crate::telemetry::probe::{Sign, Signs};
 use crate::trust::{Purpose, Trust, TrustError};
 use crate::types::{Generation, NodeId, Rank, Step, WorldSize};
@@ -188,6 +190,16 @@ async fn say_if_complete(outcome: &Outcome, place: &LedgerPlace, epoch: &str) {
     }
 }
 
+/// The report says how the run ended, too. It is whole without that, should the store not answer now.
+async fn complete_report(run: &Store, board: &SharedBoard) {
+    let seen = board.look(|board, now| board.document(now));
+    match tokio::time::timeout(COMPLETION_MAX, report::complete(run, seen)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the report does not say how the run ended"),
+        Err(_) => tracing::warn!("the report does not say how the run ended: the store is slow"),
+    }
+}
+
 /// The one task that owns the state: input, event, apply, execute.
 async fn own(
     mut state: State,
@@ -243,6 +255,9 @@ async fn own(
             outbound.chronicle.account(&goodput);
             outbound.publish(&state, start.elapsed(), Some((&outcome, &goodput)));
             outbound.keep_board();
+            if outcome.status == EXIT_DONE {
+                complete_report(&place.run, &outbound.board).await;
+            }
             outbound.chronicle.end().await;
             return outcome;
         }
@@ -416,7 +431,7 @@ impl Coordinator for Service {
 mod tests {
     use super::*;
     use crate::coordinator::board::{Board, Facts};
-    use crate::store::{Store, StoreOptions};
+    use crate::store::StoreOptions;
 
     /// What becomes of an end of `status` if the ledger's task ends like `recording`.
     async fn ends(

@@ -137,6 +137,10 @@ function pathOf(steps, values, x, y) {
   }).join("");
 }
 
+// Room for the names at the ends of lines: for the longest of them, within reason.
+const END_CHARS = 16;
+const endRoom = (series) => 14 + 6.9 * Math.min(END_CHARS, Math.max(...series.map((line) => line.name.length)));
+
 // Names at the ends of their lines, pushed apart; without colour they are still told from each other.
 function endLabels(chart, y, box) {
   const ends = chart.series.map((line, i) => {
@@ -145,7 +149,7 @@ function endLabels(chart, y, box) {
   }).filter(Boolean).sort((a, b) => a.at - b.at);
   ends.forEach((end, i) => { if (i > 0) end.at = Math.max(end.at, ends[i - 1].at + 13); });
   for (let i = ends.length - 1, floor = box.bottom; i >= 0; i -= 1, floor -= 13) ends[i].at = Math.min(ends[i].at, floor);
-  const text = (name) => (name.length > 13 ? `${name.slice(0, 11)}…` : name);
+  const text = (name) => (name.length > END_CHARS ? `${name.slice(0, END_CHARS - 1)}…` : name);
   return ends.map((end) =>
     svg("text", { class: "end", x: box.right + 7, y: end.at + 4, style: `--c:${chart.series[end.i].colour}` }, text(end.name)));
 }
@@ -166,7 +170,7 @@ function frameOf(chart) {
   const id = `plot-${chart.id}`;
   const width = widthOf(id);
   const named = width >= 460 && chart.series.length > 1;
-  const box = { left: 46, right: width - (named ? 98 : 12), top: 10, bottom: chart.height - 24 };
+  const box = { left: 46, right: width - (named ? endRoom(chart.series) : 12), top: 10, bottom: chart.height - 24 };
   const [from, to] = chart.domain[0] < chart.domain[1] ? chart.domain : [chart.domain[0] - 1, chart.domain[0] + 1];
   const wide = box.right - box.left;
   const x = (step) => box.left + ((step - from) / (to - from)) * wide;
@@ -251,7 +255,7 @@ function timelineChart(generations, interruptions, now) {
     const long = `generation ${it.generation}, ${plural(it.world, "worker")}`;
     const label = [long, `gen ${it.generation}`, `${it.generation}`].find((text) => text.length * 6.6 + 12 < end - begin);
     const told = `${long}: ${duration(endOf(it) - it.from)}${it.end ? `; ${it.end}` : ""}`;
-    const size = { width: Math.max(end - begin, 2).toFixed(1), height: (bottom - y).toFixed(1) };
+    const size = { width: Math.max(end - begin - 1.5, 2).toFixed(1), height: (bottom - y).toFixed(1) };
     return [
       svg("rect", { class: it.to === null ? "bar open" : "bar", x: begin.toFixed(1), y: y.toFixed(1), rx: 3, ...size },
         svg("title", {}, told)),

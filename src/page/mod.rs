@@ -18,7 +18,9 @@ const SCRIPT: &str = include_str!("page.js");
 
 /// Where a coordinator keeps its document, for the one after it and for the report.
 pub const SEEN_PATH: &str = "page.json";
-/// The report's.
+/// The report.
+pub const REPORT_HTML_PATH: &str = "report/index.html";
+/// Its document.
 pub const REPORT_PATH: &str = "report/page.json";
 /// Where pictures of validations are kept: `STEP-NUMBER.png`, the step of eight digits or more.
 pub const PICTURES: &str = "validations";

@@ -14,10 +14,11 @@ const PHASES = {
 };
 const ENDS = { 0: "Complete", 75: "Stopped; the same command resumes", 1: "Failed", 2: "Failed: usage or configuration" };
 const SILENCE_S = 5;
+const [PAUSE_S, PAUSE_STEPS] = [2.5, 5]; // and so many steps' time: from then on it is told that there is none
 const RETRY_MS = 3000;
 const SHOWN = 8; // of a long list, before “more”
 
-const page = { doc: null, at: 0, broken: 0, drawn: {}, told: null };
+const page = { doc: null, at: 0, broken: 0, drawn: {}, told: null, stepped: { step: null, at: 0 } };
 const element = (id) => document.getElementById(id);
 const isOver = (doc) => !doc.live || doc.state.phase === "finished" || doc.state.status !== null;
 const classColour = (index) => CLASS_COLOURS[index % CLASS_COLOURS.length];
@@ -165,36 +166,44 @@ function numbers(title, chart, more) {
 // --- Workers.
 
 const WORKER_CHIPS = { training: ["good", "training"], lost: ["bad", "✕ lost"], stranded: ["warn", "stranded"] };
+const PRESENT = ["training", "standby", "stranded"];
 
-// Columns of the table: name, what is shown of a worker, whether at all.
+// Columns of the table: name, what is shown of a worker, whether at all. What is no more once all have left is not.
 function workerColumns(workers, over) {
   const longest = Math.max(...workers.map((it) => it.step_s ?? 0), 1e-9);
   const known = (key) => workers.some((it) => isNumber(it[key]));
   const number = (value, show) => (isNumber(value) ? show(value) : NONE);
   const state = (it) => chip(...(WORKER_CHIPS[it.state] ?? ["plain", it.state]));
+  const straggler = (it) => it.straggler && [" ", chip("warn", "▲ straggler")];
   return [
-    ["Host", (it) => h("span", { class: "host" }, it.host)],
-    ["State", (it) => [state(it), it.straggler && [" ", chip("warn", "▲ straggler")]]],
-    ["Rank", (it) => it.rank ?? NONE],
-    ["Step", (it) => it.step ?? NONE],
+    ["Host", (it) => [h("span", { class: "host" }, it.host), over && straggler(it)]],
+    !over && ["State", (it) => [state(it), straggler(it)]],
+    !over && ["Rank", (it) => it.rank ?? NONE],
+    !over && ["Step", (it) => it.step ?? NONE],
     ["Step time", (it) => [duration(it.step_s), isNumber(it.step_s) && stepBar(it, longest)]],
     ["Own time", (it) => duration(it.own_s)],
     ["Data wait", (it) => percent(it.data_wait)],
     ["Memory", (it) => bytes(it.memory)],
     known("gpu_memory") && ["GPU memory", (it) => bytes(it.gpu_memory)],
-    known("queue") && ["Batches ready", (it) => number(it.queue, String)],
+    !over && known("queue") && ["Batches ready", (it) => number(it.queue, String)],
     !over && ["Heard", (it) => number(it.heard || null, ageing)],
   ].filter(Boolean);
 }
 
-function drawWorkers({ workers, over }) {
+// Without what its process said that is no more.
+const present = (it) => (PRESENT.includes(it.state) ? it
+  : { ...it, step_s: null, own_s: null, data_wait: null, memory: null, gpu_memory: null, queue: null, straggler: false });
+
+function drawWorkers({ workers: seen, over }) {
+  const workers = over ? seen : seen.map(present);
   const columns = workerColumns(workers, over);
   const rows = workers.map((it) => row(it.node, columns.map(([, show]) => show(it)), {
-    "data-node": it.node, "data-state": it.state, class: it.state === "lost" || it.state === "gone" ? "away" : null,
+    "data-node": it.node, "data-state": it.state, class: !over && (it.state === "lost" || it.state === "gone") ? "away" : null,
   }));
+  const [kind, standing] = over ? ["workers over", ", as they were last heard"] : ["workers", `: ${workersInWords(workers)}`];
   return [
-    h("p", {}, `${plural(workers.length, "worker")}: ${workersInWords(workers)}.`),
-    table({ label: "Workers", head: ["Node", ...columns.map(([name]) => name)], rows, kind: "workers" }),
+    h("p", {}, `${plural(workers.length, "worker")}${standing}.`),
+    table({ label: "Workers", head: ["Node", ...columns.map(([name]) => name)], rows, kind }),
     h("p", { class: "muted" }, "Own time is the part of a step before a worker waits for the others: the full part of the bar."),
   ];
 }
@@ -220,7 +229,9 @@ function stepBar(worker, longest) {
 
 // --- What happened, where the time went, checkpoints, notes.
 
-function drawTimeline({ generations, interruptions }) {
+function drawTimeline({ generations: all, interruptions, over }) {
+  // The report is made by one who does not hear the last one's end.
+  const generations = over ? all.map((it) => ({ ...it, to: it.to ?? page.doc.now })) : all;
   const open = generations.some((it) => it.to === null) || interruptions.some((it) => it.open);
   const newest = [...interruptions].reverse();
   const list = (items, start) => h("ol", { class: "happened", reversed: true, start }, items.map(drawInterruption));
@@ -241,7 +252,8 @@ const RECOVERY = [
 ];
 
 function drawInterruption(it) {
-  const parts = RECOVERY.map(([name, key, colour]) => ({ name, seconds: it[key], colour }));
+  const parts = RECOVERY.map(([name, key, colour]) => ({ name, seconds: it[key], colour }))
+    .filter((part) => isNumber(part.seconds)); // while it lasts, those that are over
   const where = [it.step !== null && `step ${it.step}`, `generation ${it.generation}`].filter(Boolean).join(", ");
   const outage = isNumber(it.outage_s) && h("b", {}, `${duration(it.outage_s)} without training`);
   return h("li", { "data-loss": it.loss, "data-open": it.open },
@@ -251,7 +263,10 @@ function drawInterruption(it) {
     parts.some((part) => part.seconds > 0) && stack(parts, "thin"));
 }
 
-function drawGoodput({ wall_s: wall, goodput, parts_s: seconds, losses, joins }) {
+// Each start counts its generations anew, and its time.
+const wasResumed = ({ generations }) => generations.some((it, i) => i > 0 && it.generation <= generations[i - 1].generation);
+
+function drawGoodput({ wall_s: wall, goodput, parts_s: seconds, losses, joins, resumed }) {
   const order = Object.keys(PART_COLOURS);
   const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length);
   const names = Object.keys(seconds).filter((name) => seconds[name] > 0).sort((a, b) => place(a) - place(b));
@@ -259,8 +274,9 @@ function drawGoodput({ wall_s: wall, goodput, parts_s: seconds, losses, joins })
     name, seconds: seconds[name], colour: PART_COLOURS[name] ?? "#808080",
     text: `${duration(seconds[name])}, ${percent(seconds[name] / wall)}`,
   }));
-  const rest = ` of ${duration(wall)} was training that counts; ${plural(losses, "loss", "losses")}, ${plural(joins, "join")}.`;
-  return [h("p", {}, h("b", { class: "big" }, percent(goodput)), rest), stack(parts)];
+  const all = ` of ${duration(wall)}${resumed ? " since its last start" : ""} was training that counts`;
+  const rest = `; ${plural(losses, "loss", "losses")}, ${plural(joins, "join")}.`;
+  return [h("p", {}, h("b", { class: "big" }, percent(goodput)), all, rest), stack(parts)];
 }
 
 function drawCheckpoints(checkpoints) {
@@ -269,9 +285,10 @@ function drawCheckpoints(checkpoints) {
     row(it.step, [state(it), time(it.at), bytes(it.bytes), duration(it.hold_s), duration(it.upload_s)]));
   const made = (label, some) =>
     table({ label, head: ["Step", "State", "Made", "Size", "Held up", "Upload"], rows: some, kind: "checkpoints" });
-  const more = rows.length - SHOWN;
-  return [made("Checkpoints, the newest first", rows.slice(0, SHOWN)),
-    more > 0 && details(`${more} older ones`, made("Older checkpoints", rows.slice(SHOWN)))];
+  const shown = 5; // as high as the account of time beside it
+  const more = rows.length - shown;
+  return [made("Checkpoints, the newest first", rows.slice(0, shown)),
+    more > 0 && details(`${more} older`, made("Older checkpoints", rows.slice(shown)))];
 }
 
 function drawNotes({ notes, damaged }) {
@@ -314,11 +331,12 @@ const SECTIONS = {
   workers: [(doc) => doc.workers.length > 0 && { workers: doc.workers, over: isOver(doc) }, drawWorkers],
   timeline: [
     ({ generations, interruptions, report, ...doc }) => (generations.length + interruptions.length > 0 || report) && {
-      generations, interruptions, now: generations.some((it) => it.to === null) && Math.floor(doc.now), // it grows
+      generations, interruptions, over: isOver(doc),
+      now: generations.some((it) => it.to === null) && Math.floor(doc.now), // it grows
     },
     drawTimeline,
   ],
-  goodput: [(doc) => doc.goodput, drawGoodput],
+  goodput: [(doc) => doc.goodput && { ...doc.goodput, resumed: wasResumed(doc) }, drawGoodput],
   checkpoints: [(doc) => doc.checkpoints, drawCheckpoints],
   overlays: [({ overlays, run }) => overlays.length > 0 && { overlays, classes: run.classes }, drawOverlays],
   notes: [
@@ -346,46 +364,65 @@ function drawSection(id, anyway) {
 function drawHeader(doc) {
   const { run, state, report } = doc;
   document.title = doc.live ? `${run.name} - cpcr` : `${run.name} - cpcr report`;
-  element("brand").textContent = doc.live ? "cpcr · live" : "cpcr · run report";
+  element("brand").textContent = doc.live ? "cpcr · dashboard" : "cpcr · run report";
   element("name").textContent = run.name;
-  const data = run.data && [" on ", h("code", {}, run.data)];
+  const data = run.data && [" · data ", h("code", {}, run.data)];
   const when = !doc.live && [" · ", time(doc.now, true)];
-  morphChildren(element("about"), [...h("p", {}, h("code", {}, run.url), ` · ${run.method}`, data, when).childNodes]);
+  morphChildren(element("about"), [...h("p", {}, h("code", {}, run.url), data, ` · method ${run.method}`, when).childNodes]);
   element("version").textContent = `Made by cpcr ${run.version}.`;
   morphChildren(element("progress"), drawProgress(doc));
-  const dice = report?.scores ? report.scores.mean.dice : state.mean_dice;
+  const small = (text) => h("small", {}, ` ${text}`);
+  const [last, over] = [doc.curves.validations.at(-1), isOver(doc)];
+  const which = !doc.live ? small("mean") : over ? small("last step") : null;
+  const dice = report?.scores ? [fixed(report.scores.mean.dice, 4), small("final")]
+    : [fixed(state.mean_dice, 4), last && small(`at step ${last.step}`)];
+  const training = doc.workers.filter((it) => it.state === "training").length;
   const tiles = [
-    ["Mean Dice", fixed(dice, 4)],
-    ["Best Dice", state.best ? [fixed(state.best.mean_dice, 4), h("small", {}, ` at step ${state.best.step}`)] : NONE],
-    ["Loss", short(state.loss.total)],
-    ["Images/s", fixed(state.images_per_s, 1)],
-    isOver(doc) ? ["Took", duration(doc.goodput?.wall_s)] : ["Time left", duration(state.eta_s)],
-    ["Workers", `${state.workers} of ${state.wanted}`],
-    ["Data wait", percent(state.data_wait)],
+    ["Mean Dice", dice],
+    ["Best Dice", state.best ? [fixed(state.best.mean_dice, 4), small(`at step ${state.best.step}`)] : NONE],
+    ["Loss", [short(state.loss.total), over && isNumber(state.loss.total) && small("last step")]],
+    ["Images/s", [fixed(state.images_per_s, 1), isNumber(state.images_per_s) && which]],
+    over ? ["Took", [duration(doc.goodput?.wall_s), wasResumed(doc) && small("since its last start")]] : ["Time left", duration(state.eta_s)],
+    ["Workers", [`${state.workers} of ${state.wanted}`, !over && training < state.workers && small(`${training} training`)]],
+    ["Data wait", [percent(state.data_wait), isNumber(state.data_wait) && which?.cloneNode(true)]],
     ["Workers lost", String(doc.interruptions.filter((i) => i.loss).length)],
   ];
   morphChildren(element("tiles"), tiles.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
   Object.assign(document.body.dataset, { phase: state.phase, step: state.step, generation: state.generation });
 }
 
-const phaseText = ({ phase, status }) => (status !== null && ENDS[status]) || PHASES[phase] || phase;
+// Whoever makes the report does not hear how its coordinator ends.
+const phaseText = ({ phase, status, step }, { steps }) =>
+  ENDS[status ?? (phase === "finished" && step >= steps ? 0 : null)] ?? PHASES[phase] ?? phase;
+
+// Seconds since the last step while it should be training, where that is long: who is frozen is not found at once.
+function pauseOf({ state, workers }) {
+  if (page.stepped.step !== state.step || state.phase !== "training") page.stepped = { step: state.step, at: performance.now() };
+  const seconds = (performance.now() - page.stepped.at) / 1000;
+  return seconds > Math.max(PAUSE_S, ...workers.map((it) => PAUSE_STEPS * (it.step_s ?? 0))) ? seconds : null;
+}
 
 function drawProgress({ run, state }) {
+  const said = phaseText(state, run);
   const bad = state.status === 1 || state.status === 2 || state.phase === "recovering";
   const kind = bad ? "bad" : state.phase === "finished" ? "done" : "";
   const left = isNumber(state.eta_s) && !isOver(page.doc) ? `, ${duration(state.eta_s)} left` : "";
   const text = `${state.step} of ${run.steps} steps, ${percent(state.step / Math.max(run.steps, 1), 0)}${left}`;
+  const pause = pauseOf(page.doc);
+  const lasting = page.doc.interruptions.filter((it) => it.open);
   return [
-    h("p", {}, h("b", { class: `phase ${kind}` }, phaseText(state)), " ",
-      h("span", { class: "muted" }, `${text} · generation ${state.generation}`)),
+    h("p", {}, h("b", { class: `phase ${kind}` }, said), " ",
+      h("span", { class: "muted" }, `${text} · generation ${state.generation}`),
+      pause && [" ", chip("warn", `no step for ${pause.toFixed(0)} s`)]),
     h("progress", { max: Math.max(run.steps, 1), value: state.step, "aria-label": "Steps done" }, text),
-    state.reason && h("p", { class: "reason" }, state.reason),
-  ].filter(Boolean);
+    lasting.map((it) => h("p", { class: "reason" }, it.text, " · ", h("span", { class: "muted" }, ageing(it.at)))),
+    state.reason && state.reason !== said.toLowerCase() && h("p", { class: "reason" }, state.reason),
+  ].flat().filter(Boolean);
 }
 
 // For those who listen: phases and interruptions, not each step. A save is too short to be told.
-function announce({ state, interruptions }) {
-  const phase = state.phase === "saving" ? "Training" : phaseText(state);
+function announce({ run, state, interruptions }) {
+  const phase = state.phase === "saving" ? "Training" : phaseText(state, run);
   const before = page.told ?? { phase, count: interruptions.length }; // what was there at first is to be read
   const news = [interruptions.length > before.count && interruptions.at(-1).text, phase !== before.phase && phase].filter(Boolean);
   page.told = { phase, count: interruptions.length };

@@ -96,6 +96,8 @@ impl Trainer {
         self.gradients = None;
         self.ranks = Arc::default();
         self.summary = None;
+        // Another rank may write the next file: then this process begins anew.
+        self.tensorboard = None;
         orders.released();
         self.clear_gradients()
     }

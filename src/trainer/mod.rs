@@ -18,6 +18,7 @@ mod predict;
 mod ranks;
 mod setup;
 mod snapshot;
+mod tensorboard;
 mod traces;
 mod validate;
 mod vitals;
@@ -188,6 +189,7 @@ fn train(
         if t.checkpoints_here() || tail.stop {
             trace.phase(Phase::CheckpointHold, || persist::checkpoint(t))?;
         }
+        tensorboard::write(t)?;
         vitals::stepped(t, &orders.vitals, &trace, took);
         if tail.stop && t.step < t.total {
             t.flush()?;

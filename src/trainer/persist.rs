@@ -109,6 +109,9 @@ pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError
     if t.rank.0 != 0 {
         return Ok(());
     }
+    if let Some(tensorboard) = &mut t.tensorboard {
+        tensorboard.finish(&t.runtime);
+    }
     let overlays = pictures::of_first(t)?;
     let [best, worst] = match &t.summary {
         Some(summary) => pictures::of_extremes(t, summary)?,

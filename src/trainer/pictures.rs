@@ -37,9 +37,9 @@ fn middle(t: &Trainer, id: VolumeId) -> Result<Option<(Vec<u8>, String, usize)>,
     Ok(Some((png.map_err(|e| fail(&e))?, volume.name, slice)))
 }
 
-/// Rank 0 leaves pictures of a validation in the run's folder. They are not worth a failure: what cannot be written is
+/// Rank 0 leaves pictures of a validation in the run's folder; the result has them once more, as PNG. They are not worth a failure: what cannot be written is
 /// warned of.
-pub fn leave(t: &Trainer) -> Result<Vec<Picture>, TrainerError> {
+pub fn leave(t: &Trainer) -> Result<Vec<(Picture, Vec<u8>)>, TrainerError> {
     let wanted = t.config.telemetry.pictures as usize;
     let mut pictures = Vec::new();
     if t.rank.0 != 0 {
@@ -48,11 +48,12 @@ pub fn leave(t: &Trainer) -> Result<Vec<Picture>, TrainerError> {
     for (number, id) in t.dataset.volumes(Split::Val).into_iter().take(wanted).enumerate() {
         let Some((png, _, slice)) = middle(t, id)? else { continue };
         let path = format!("{}/{}", page::PICTURES, page::picture_name(t.step.0, number));
-        if let Err(error) = t.runtime.block_on(t.run.put(&path, png.into())) {
+        if let Err(error) = t.runtime.block_on(t.run.put(&path, png.clone().into())) {
             tracing::warn!(%error, "a picture is not written");
             break;
         }
-        pictures.push(Picture { path, caption: format!("volume {}, slice {slice}", number + 1) });
+        let caption = format!("volume {}, slice {slice}", number + 1);
+        pictures.push((Picture { path, caption }, png));
     }
     forget_old(t, wanted);
     Ok(pictures)

@@ -9,6 +9,7 @@ use super::methods;
 use super::pace::Pace;
 use super::ranks::Ranks;
 use super::snapshot::Copies;
+use super::tensorboard::TensorBoard;
 use super::{TrainerError, device, traces};
 use crate::bridge::ops::SumOverRanks;
 use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions};
@@ -66,6 +67,9 @@ pub struct Trainer {
     /// Whether the generation before did not get to this step's validation.
     pub(super) validation_due: bool,
     pub(super) summary: Option<Summary>,
+    /// Of the last validation, as PNG: rank 0's.
+    pub(super) pictures: Vec<Vec<u8>>,
+    pub(super) tensorboard: Option<TensorBoard>,
     pub(super) loader: Option<Loader>,
     pub(super) ranks: Arc<Ranks>,
     /// Sums batch-norm statistics over the ranks; none where each rank has its own.
@@ -122,6 +126,8 @@ impl Trainer {
             world: WorldSize(1),
             validation_due: false,
             summary: None,
+            pictures: Vec::new(),
+            tensorboard: None,
             loader: None,
             ranks: Arc::default(),
             sync: None,

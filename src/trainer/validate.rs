@@ -117,7 +117,8 @@ pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
         parts.push(serde_json::from_slice(&part).map_err(|e| TrainerError::Report(e.to_string()))?);
     }
     let names = class_names(t);
-    let pictures = pictures::leave(t)?;
+    let (pictures, bytes) = pictures::leave(t)?.into_iter().unzip();
+    t.pictures = bytes;
     let summary =
         Summary::of(parts, &names, &settings).map_err(|e| TrainerError::Report(e.to_string()))?;
     let dice: Vec<f64> = summary.classes.iter().map(|c| c.means.dice.unwrap_or(f64::NAN)).collect();

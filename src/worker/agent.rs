@@ -13,6 +13,7 @@ use tracing::Span;
 
 use super::child::{ChildEvent, ChildOptions, TrainerChild};
 use super::completion::nothing_left;
+use super::logs::LogShip;
 use super::reach::{Client, connect, given_up, interface_towards, never_reached, reconnect};
 use crate::config::Recovery;
 use crate::kv::KvServer;
@@ -117,21 +118,13 @@ pub async fn run_agent(
         began: Instant::now(),
         span: Span::none(),
     };
-    let mut client = Some(client);
-    loop {
-        let connected = match client.take() {
-            Some(client) => client,
-            None => match agent.reach(&mut stop).await {
-                Ok(client) => client,
-                Err(status) => return Ok(status),
-            },
-        };
-        match agent.session(connected, &mut stop).await {
-            Ended::Run(status) => return Ok(status),
-            Ended::Connection => tracing::warn!("lost the coordinator; looking for it"),
-            Ended::Refused => tokio::time::sleep(RETRY).await,
-        }
+    let (run, life) = (&options.run, &agent.incarnation);
+    let ship = LogShip::start(run, options.child.log(options.node), options.node, life);
+    let status = agent.live(client, &mut stop).await;
+    if let Some(ship) = ship {
+        ship.end().await;
     }
+    Ok(status)
 }
 
 /// One node's agent.
@@ -165,6 +158,29 @@ impl Outbox {
 }
 
 impl Agent<'_> {
+    /// From one connection to the next; the result is the exit status.
+    async fn live(
+        &mut self,
+        client: Client,
+        stop: &mut (impl Future<Output = String> + Unpin),
+    ) -> i32 {
+        let mut client = Some(client);
+        loop {
+            let connected = match client.take() {
+                Some(client) => client,
+                None => match self.reach(stop).await {
+                    Ok(client) => client,
+                    Err(status) => return status,
+                },
+            };
+            match self.session(connected, stop).await {
+                Ended::Run(status) => return status,
+                Ended::Connection => tracing::warn!("lost the coordinator; looking for it"),
+                Ended::Refused => tokio::time::sleep(RETRY).await,
+            }
+        }
+    }
+
     /// Looks for the coordinator, while the trainer goes on; else an exit status.
     async fn reach(
         &mut self,

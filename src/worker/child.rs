@@ -103,6 +103,14 @@ pub enum ChildEvent {
     Exited(i32, String),
 }
 
+impl ChildOptions {
+    /// The log of a node's trainers: JSON, one object a line.
+    #[must_use]
+    pub fn log(&self, node: NodeId) -> PathBuf {
+        self.logs.join(format!("trainer-{node}.jsonl"))
+    }
+}
+
 impl TrainerChild {
     /// Starts a trainer.
     ///
@@ -115,10 +123,7 @@ impl TrainerChild {
         traceparent: Option<&str>,
     ) -> std::io::Result<Self> {
         std::fs::create_dir_all(&options.logs)?;
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(options.logs.join(format!("trainer-{node}.jsonl")))?;
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(options.log(node))?;
         let text = serde_json::to_string(assignment).map_err(std::io::Error::other)?;
         let mut child = Command::new(&options.engine)
             .arg("trainer")

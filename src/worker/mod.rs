@@ -7,6 +7,7 @@
 mod agent;
 mod child;
 mod completion;
+mod logs;
 mod reach;
 
 pub use agent::{AgentError, AgentOptions, run_agent};

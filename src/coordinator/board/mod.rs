@@ -7,6 +7,7 @@
 mod hints;
 mod instruments;
 pub mod meter;
+pub mod report;
 mod series;
 pub mod serve;
 mod vitals;

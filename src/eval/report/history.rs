@@ -131,6 +131,8 @@ impl RunHistory {
                 continue;
             }
             match serde_json::from_slice(line) {
+                // A checkpoint has them behind all steps, those after a resume among them.
+                Ok(Record::Event(event)) => history.events.push(event),
                 Ok(record) => history.push(record),
                 Err(_) => history.damaged_lines += 1,
             }
@@ -214,6 +216,19 @@ mod tests {
         let lrs: Vec<_> = history.steps.iter().map(|s| (s.step, s.lr)).collect();
         assert_eq!(lrs, [(1, 0.1), (2, 0.1), (3, 0.2)]);
         assert_eq!(history.events.len(), 1);
+    }
+
+    /// A run that was resumed twice lost what it had done in between.
+    #[test]
+    fn what_a_resumed_run_did_is_kept_in_its_next_checkpoint() {
+        let mut history = RunHistory::default();
+        history.push(step(1, 0.1));
+        history.push(Record::Event(RunEvent::Resumed { step: 1, world: 1 }));
+        history.push(step(2, 0.1));
+        let steps = history.steps.iter().cloned().map(Record::Step);
+        let records = steps.chain(history.events.iter().cloned().map(Record::Event));
+        let bytes: Vec<u8> = records.flat_map(|record| record.to_line().unwrap()).collect();
+        assert_eq!(RunHistory::from_json_lines(&bytes), history);
     }
 
     #[test]

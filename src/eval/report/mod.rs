@@ -102,7 +102,7 @@ pub fn render(inputs: &ReportInputs<'_>) -> Result<Vec<(String, Vec<u8>)>, Repor
     let loss = draw("Loss terms by step", &loss_curves(inputs.history), Scale::Logarithmic)?;
     let dice = draw("Validation Dice by step", &dice_curves(inputs.history), Scale::Unit)?;
     let document = document::document(inputs);
-    let page = page::embedded(&document)?;
+    let page_html = page::embedded(&document)?;
     let mut json = serde_json::to_vec_pretty(&metrics_json(inputs)?)?;
     json.push(b'\n');
     let mut files = vec![
@@ -110,7 +110,7 @@ pub fn render(inputs: &ReportInputs<'_>) -> Result<Vec<(String, Vec<u8>)>, Repor
         ("report/metrics.csv".to_owned(), metrics_csv(inputs.history).into_bytes()),
         ("report/curves-loss.svg".to_owned(), loss.into_bytes()),
         ("report/curves-dice.svg".to_owned(), dice.into_bytes()),
-        ("report/index.html".to_owned(), page.into_bytes()),
+        (page::REPORT_HTML_PATH.to_owned(), page_html.into_bytes()),
         (page::REPORT_PATH.to_owned(), serde_json::to_vec(&document)?),
     ];
     let pictures = inputs.overlays.iter().enumerate();

@@ -118,6 +118,8 @@ class Pod:
         source = variable.get("valueFrom", {})
         if reference := source.get("configMapKeyRef"):
             return self.cluster.config_maps[reference["name"]][reference["key"]]
+        if source.get("fieldRef", {}).get("fieldPath") == "metadata.name":
+            return self.name
         if reference := source.get("fieldRef"):
             # metadata.labels['NAME'], as the Job controller asks for its index.
             kind, name = re.fullmatch(r"metadata\.(labels|annotations)\['(.+)'\]", reference["fieldPath"]).groups()

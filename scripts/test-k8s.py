@@ -142,7 +142,8 @@ def check_all(name, documents):
     check(f"{name}: the workers have shared memory", any(
         volume.get("emptyDir", {}).get("medium") == "Memory" for volume in worker["spec"]["template"]["spec"]["volumes"]))
     maps = by_kind["ConfigMap"]["cpcr"]["data"]
-    keys = [env["valueFrom"]["configMapKeyRef"]["key"] for env in pod["containers"][0]["env"] if "valueFrom" in env]
+    sources = [env["valueFrom"] for env in pod["containers"][0]["env"] if "valueFrom" in env]
+    keys = [source["configMapKeyRef"]["key"] for source in sources if "configMapKeyRef" in source]
     check(f"{name}: the ConfigMap has the keys that are asked for", set(keys) <= set(maps) and "config.toml" in maps)
     gpus = worker["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
     images = {c["image"].rsplit("-", 1)[1] for t in templates for c in t["spec"]["containers"]}

@@ -3,8 +3,10 @@
 `scripts/test-prometheus.sh` builds these and calls it. Always: every name in the dashboard and in the alerts is in METRICS,
 with labels that it has; the dashboard is JSON of the shape that Grafana wants. With `--tools`: promtool checks the
 alerts, runs their unit tests, checks the scrape settings and parses every query of the dashboard. With `--bin`: a small
-run of cpcr-launch is scraped by a real Prometheus; its exposition must be clean, of the names, types and labels of METRICS,
-steps must be seen to rise, every alert must evaluate, and the dashboard's queries are asked. Linux, the standard library only.
+run of cpcr-launch is scraped by a real Prometheus, and one of its trainers is killed; its exposition must be clean, of the
+names, types and labels of METRICS, steps must be seen to rise and the loss to be counted, every alert must evaluate, and the
+dashboard's queries must find something. Then a run whose page is open to others: HTTPS, by the certificate and the password
+that `cpcr` prints, and by nothing less. Linux, the standard library only.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -78,9 +81,8 @@ BESIDES = {
     "cpcr_hints": ("gauge", ()),
     "cpcr_validation_best_dice": ("gauge", ()),
 }
-# A small run on CPUs with nothing lost need not have these.
-MAY_BE_ABSENT = {"cpcr_gpu_memory_bytes", "cpcr_last_outage_seconds", "cpcr_read_retries_total", "cpcr_interruptions_total",
-                 "cpcr_cache_hits_total", "cpcr_cache_misses_total"}
+# A small run on CPUs need not have these: there is no GPU, and a disk seldom has to be asked again.
+MAY_BE_ABSENT = {"cpcr_gpu_memory_bytes", "cpcr_read_retries_total"}
 PHASES = {"data_wait", "copy_to_device", "forward", "loss", "backward", "all_reduce_wait", "optimiser", "checkpoint_hold"}
 PARTS = {"waiting", "starting", "training", "rework", "validation", "saving", "recovery", "joining", "stopping"}
 # What Prometheus itself puts on every series.
@@ -90,7 +92,7 @@ NAME = re.compile(r"\bcpcr_[a-z_]+")
 LIVE_S_MAX = 240
 RESUMABLE = 75
 # Small, and with checkpoints and validations on the way; it is stopped when enough was seen.
-RUN = ["--nodes", "2", "--backend", "gloo", "--set", "train.iterations=1000000", "--set", "patch_size=32", "--set", "batch.labelled=4",
+RUN = ["--backend", "gloo", "--set", "train.iterations=1000000", "--set", "patch_size=32", "--set", "batch.labelled=4",
        "--set", "batch.unlabelled=4", "--set", "checkpoint.every=20", "--set", "validate.every=20"]
 
 
@@ -247,16 +249,19 @@ def fetch(url):
 class Launched:
     """A run of cpcr-launch in a folder of its own. Its dashboard's address is read from its stderr."""
 
-    def __init__(self, binaries, folder):
+    def __init__(self, binaries, folder, more, token=None):
         self.lines, self.dashboard = [], None
-        self.process = subprocess.Popen([binaries / "cpcr-launch", *RUN], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                        stdin=subprocess.DEVNULL, text=True, errors="replace")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "CPCR_JOIN_TOKEN"))}
+        if token:
+            environment["CPCR_JOIN_TOKEN"] = token
+        self.process = subprocess.Popen([binaries / "cpcr-launch", *RUN, *more], cwd=folder, env=environment, stderr=subprocess.PIPE,
+                                        stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True, errors="replace")
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self):
         for line in self.process.stderr:
             self.lines.append(line.rstrip())
-            found = re.search(r"dashboard: (http://\S+/)", line)
+            found = re.search(r"dashboard: (https?://\S+/)", line)
             if found:
                 self.dashboard = found[1]
 
@@ -266,6 +271,20 @@ class Launched:
                 raise Wrong(f"cpcr-launch ended with {self.process.returncode} and named no dashboard: {' / '.join(self.lines[-5:])}")
             return self.dashboard
         return wait_for("the dashboard's address on stderr", there)
+
+    def trainers(self):
+        """Processes below the launcher's that train."""
+        parents, found = {}, []
+        for entry in pathlib.Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    words = (entry / "cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue  # it ended meanwhile
+                if words[0].endswith(b"/cpcr-engine") and words[1:2] == [b"trainer"]:
+                    found.append(int(entry.name))
+        return sorted(pid for pid in found if parents.get(parents[pid]) == self.process.pid)
 
     def stop(self):
         """Ends it as Ctrl-C would; how it ended."""
@@ -314,16 +333,16 @@ def held_to_the_list(text):
 
 
 class Prometheus:
-    """Prometheus on loopback, scraping one address every second."""
+    """Prometheus on loopback, with jobs of its own, which it asks every second."""
 
-    def __init__(self, binary, folder, target):
+    def __init__(self, binary, folder, jobs):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         settings = folder / "scrape.yaml"
         settings.write_text(json.dumps({
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"}, "rule_files": [str(FOLDER / "alerts.yaml")],
-            "scrape_configs": [{"job_name": "cpcr", "static_configs": [{"targets": [target]}]}]}))
+            "scrape_configs": jobs}))
         self.log = folder / "prometheus.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -358,31 +377,60 @@ class Prometheus:
             self.process.wait()
 
 
+def is_newer(prometheus, query, than):
+    value = prometheus.value(query)
+    return value is not None and value > than
+
+
 def live(tools, binaries, folder, queries):
-    run, prometheus = Launched(binaries, folder), None
+    folder.mkdir()
+    run, prometheus = Launched(binaries, folder, ["--nodes", "2"]), None
     try:
         address = run.address()
         page = wait_for("steps in /metrics", lambda: (text := fetch(address + "metrics")) and any(
             name == "cpcr_steps_done" and value > 0 for name, _, value in parsed(text)[1]) and text)
         tool([tools / "promtool", "check", "metrics"], page)
-        prometheus = Prometheus(tools / "prometheus", folder, urllib.parse.urlsplit(address).netloc)
+        target = urllib.parse.urlsplit(address).netloc
+        prometheus = Prometheus(tools / "prometheus", folder, [{"job_name": "cpcr", "static_configs": [{"targets": [target]}]}])
         wait_for("up == 1", lambda: prometheus.value("up") == 1)
         first = wait_for("cpcr_steps_done", lambda: prometheus.value("cpcr_steps_done"))
+        wait_for("cpcr_steps_done to rise", lambda: is_newer(prometheus, "cpcr_steps_done", first))
+        victim = wait_for("two trainers", lambda: len(trainers := run.trainers()) == 2 and trainers[-1])
+        os.kill(victim, signal.SIGKILL)
+        wait_for("the loss in cpcr_interruptions_total",
+                 lambda: prometheus.value('cpcr_interruptions_total{kind="trainer-killed"}') == 1)
+        outage = wait_for("cpcr_last_outage_seconds", lambda: prometheus.value("cpcr_last_outage_seconds"))
+        losses = sum(sample["value"][1] != "0" for sample in prometheus.query("cpcr_interruptions_total"))
+        print(f"a trainer was killed: cpcr_interruptions_total says so, and nothing of another kind ({losses}); "
+              f"cpcr_last_outage_seconds {outage:.3f}; cpcr_generation {prometheus.value('cpcr_generation'):g}")
+        if losses != 1:
+            raise Wrong(f"one trainer was killed, and {losses} kinds of interruption are counted")
+
         # Until a checkpoint and a validation were seen, and heartbeats have brought the workers' figures.
-        wait_for("cpcr_steps_done to rise", lambda: prometheus.value("cpcr_steps_done") > first)
-        deadline = time.monotonic() + LIVE_S_MAX
-        while True:
-            page = fetch(address + "metrics")
-            absent = held_to_the_list(page)
-            if not absent - MAY_BE_ABSENT:
-                break
-            if time.monotonic() > deadline:
-                raise Wrong(f"/metrics has not: {', '.join(sorted(absent - MAY_BE_ABSENT))}")
-            time.sleep(0.5)
+        def complete():
+            told = fetch(address + "metrics")
+            return told if not held_to_the_list(told) - MAY_BE_ABSENT else None
+        try:
+            page = wait_for("all metrics", complete)
+        except Wrong:
+            raise Wrong(f"/metrics has not: {', '.join(sorted(held_to_the_list(fetch(address + 'metrics')) - MAY_BE_ABSENT))}") from None
+        absent = held_to_the_list(page)
         tool([tools / "promtool", "check", "metrics"], page)
         print(f"/metrics: clean by promtool; {len(METRICS) - len(absent)} of {len(METRICS)} metrics; "
-              f"absent: {', '.join(sorted(absent)) or 'none'}")
-        time.sleep(5)  # rates want two scrapes of everything
+              f"absent: {', '.join(sorted(absent)) or 'none'}; {len(page)} bytes, {len(parsed(page)[1])} series")
+        names = [sample["metric"]["run"] for sample in prometheus.query("cpcr_run_info")]
+        if len(names) != 1:
+            raise Wrong(f"cpcr_run_info: {len(names)} runs, not one")
+
+        # Rates want two scrapes of everything.
+        def empty():
+            return [f"{where}: {query}" for where, query in queries if not prometheus.query(plain(query, names[0]))
+                    and not MAY_BE_ABSENT & set(NAME.findall(query))]
+        try:
+            wait_for("the dashboard's queries", lambda: not empty(), 60)
+        except Wrong:
+            raise Wrong("the dashboard's queries find nothing: " + "; ".join(empty())) from None
+        nothing = [where for where, query in queries if not prometheus.query(plain(query, names[0]))]
         for query in ("up", "cpcr_run_info", "cpcr_steps_done", "cpcr_images_per_second", "cpcr_loss", "cpcr_workers", "cpcr_generation",
                       "cpcr_validation_mean_dice", "cpcr_checkpoint_step", "cpcr_data_wait_ratio", "cpcr_goodput_ratio",
                       "sum by (phase) (rate(cpcr_phase_seconds_total[30s]))", "sum by (part) (cpcr_time_seconds_total)"):
@@ -391,14 +439,8 @@ def live(tools, binaries, folder, queries):
                                    if key not in ("__name__", "job", "instance"))
                 print(f"    {query}{'{' + labels + '}' if labels else ''} = {sample['value'][1]}")
         print(f"    cpcr_steps_done was {first:g} at first")
-        names = [sample["metric"]["run"] for sample in prometheus.query("cpcr_run_info")]
-        if len(names) != 1:
-            raise Wrong(f"cpcr_run_info: {len(names)} runs, not one")
-        empty = [f"{where}: {query}" for where, query in queries if not prometheus.query(plain(query, names[0]))]
-        may = [line for line in empty if "annotation" in line or MAY_BE_ABSENT & set(NAME.findall(line))]
-        if len(may) < len(empty):
-            raise Wrong("the dashboard's queries find nothing: " + "; ".join(line for line in empty if line not in may))
-        print(f"dashboard: {len(queries) - len(empty)} of {len(queries)} queries find something, the others' metrics may be absent")
+        print(f"dashboard: {len(queries) - len(nothing)} of {len(queries)} queries find something; "
+              f"not these, whose metrics may be absent: {', '.join(nothing) or 'none'}")
         rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
         sick = [rule["name"] for rule in rules if rule["health"] != "ok"]
         if sick or not rules:
@@ -409,6 +451,53 @@ def live(tools, binaries, folder, queries):
             raise Wrong(f"cpcr-launch ended with {status}, not {RESUMABLE}: {' / '.join(run.lines[-5:])}")
         wait_for("up == 0", lambda: prometheus.value("up") == 0, 30)
         print("run: stopped, and Prometheus sees it gone")
+    finally:
+        run.stop()
+        if prometheus is not None:
+            prometheus.stop()
+
+
+def open_to_others(tools, binaries, folder):
+    """A page beyond loopback, scraped as the job for Kubernetes does: HTTPS by the run's own authority, with the page's password."""
+    folder.mkdir()
+    token = secrets.token_hex(32)
+
+    def printed(command):
+        return subprocess.run([binaries / "cpcr", command], env=os.environ | {"CPCR_JOIN_TOKEN": token}, check=False,
+                              capture_output=True, text=True, timeout=60)
+    for command, name in (("page-certificate", "ca.crt"), ("page-password", "token")):
+        done = printed(command)
+        if done.returncode != 0 or not done.stdout:
+            raise Wrong(f"cpcr {command}: status {done.returncode}: {done.stderr.strip()}")
+        (folder / name).write_text(done.stdout)
+    (folder / "other").write_text(secrets.token_hex(16))
+    run, prometheus = Launched(binaries, folder, ["--nodes", "1", "--dashboard", "0.0.0.0:0"], token), None
+    try:
+        address = urllib.parse.urlsplit(run.address())
+        if address.scheme != "https":
+            raise Wrong(f"beyond loopback the page is {address.scheme}, not https")
+
+        def job(name, **more):
+            return {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{address.port}"]}], **more}
+        secure = {"scheme": "https", "tls_config": {"ca_file": str(folder / "ca.crt")}}
+
+        def bearer(file):
+            return {"authorization": {"type": "Bearer", "credentials_file": str(folder / file)}}
+        prometheus = Prometheus(tools / "prometheus", folder, [
+            job("right", **secure, **bearer("token")), job("another-password", **secure, **bearer("other")), job("no-password", **secure),
+            job("no-certificate", scheme="https", **bearer("token")), job("plain", **bearer("token"))])
+        wait_for("steps by HTTPS", lambda: is_newer(prometheus, "cpcr_steps_done", 0))
+
+        def asked():
+            targets = (prometheus.get("targets") or {"activeTargets": []})["activeTargets"]
+            return {target["labels"]["job"]: target for target in targets} if all(target["health"] != "unknown" for target in targets) else None
+        targets = wait_for("every job", asked)
+        for name, target in sorted(targets.items()):
+            print(f"    beyond loopback, {name}: {target['health']} {target['lastError']}".rstrip())
+        let_in = [name for name, target in targets.items() if target["health"] == "up"]
+        if let_in != ["right"]:
+            raise Wrong(f"beyond loopback these jobs are let in: {', '.join(let_in)}")
+        print("beyond loopback: HTTPS by `cpcr page-certificate` and `cpcr page-password`, and by nothing less")
     finally:
         run.stop()
         if prometheus is not None:
@@ -429,7 +518,8 @@ def main():
             with tempfile.TemporaryDirectory(prefix="cpcr-prometheus-") as folder:
                 with_promtool(arguments.tools.resolve() / "promtool", pathlib.Path(folder), queries)
                 if arguments.bin:
-                    live(arguments.tools.resolve(), arguments.bin.resolve(), pathlib.Path(folder), queries)
+                    live(arguments.tools.resolve(), arguments.bin.resolve(), pathlib.Path(folder) / "live", queries)
+                    open_to_others(arguments.tools.resolve(), arguments.bin.resolve(), pathlib.Path(folder) / "open")
     except Wrong as wrong:
         print(f"FAILED: {wrong}", file=sys.stderr)
         return 1

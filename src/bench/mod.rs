@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod coordinator;
 pub mod data;
 pub mod step;
+pub mod telemetry;
 
 /// Processor time of process `pid` (`self` for this one) so far.
 fn cpu_seconds(pid: &str) -> f64 {

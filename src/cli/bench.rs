@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::{Failure, print, tell};
-use crate::bench::coordinator;
 use crate::bench::data::{self, DataOptions, DataReport, Task};
+use crate::bench::{coordinator, telemetry};
 use crate::data::order::order_digest;
 use crate::data::{Dataset, Deal, DealSpec};
 use crate::proto::EXIT_DONE;
@@ -49,6 +49,63 @@ pub struct CoordinatorArguments {
     /// JSON on stdout.
     #[arg(long)]
     json: bool,
+}
+
+/// What `cpcr bench telemetry` takes.
+#[derive(Debug, clap::Args)]
+pub struct TelemetryArguments {
+    /// The time of a step that shares are of, in milliseconds; it is slept through.
+    #[arg(long, default_value_t = 20.0)]
+    step_ms: f64,
+    /// Steps of each round.
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(10..=100_000))]
+    steps: u64,
+    /// Rounds; medians count.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// JSON on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// `cpcr bench telemetry`.
+///
+/// # Errors
+/// [`Failure`]: one line and an exit status.
+pub fn telemetry(a: TelemetryArguments) -> Result<i32, Failure> {
+    if !(0.1..=60_000.0).contains(&a.step_ms) {
+        return Err(Failure::usage("--step-ms: 0.1 to 60000 milliseconds are wanted"));
+    }
+    let program = std::env::current_exe().map_err(Failure::failed)?;
+    let report =
+        telemetry::run(&program, (a.steps, a.step_ms), a.rounds).map_err(Failure::failed)?;
+    if a.json {
+        print(&format!("{}\n", serde_json::to_string(&report).map_err(Failure::failed)?))?;
+        return Ok(EXIT_DONE);
+    }
+    tell(&format!(
+        "processor time of instrumentation, and its share of a step of {} ms",
+        a.step_ms
+    ));
+    for arm in report.arms {
+        print(&format!(
+            "{:<36} {:>8.1} us a step  {:.3} %\n",
+            arm.name,
+            arm.step_us,
+            100.0 * arm.share
+        ))?;
+    }
+    Ok(EXIT_DONE)
+}
+
+/// What the process that `cpcr bench telemetry` measures does.
+///
+/// # Errors
+/// [`Failure`] for a task that is none.
+pub fn telemetry_child(task: &str) -> Result<i32, Failure> {
+    let task = serde_json::from_str(task).map_err(Failure::usage)?;
+    print(&format!("{}\n", telemetry::measure(task)))?;
+    Ok(EXIT_DONE)
 }
 
 /// What `cpcr data order` takes.

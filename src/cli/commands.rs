@@ -125,6 +125,15 @@ enum Bench {
     Data(DataArguments),
     /// A coordinator with very many members.
     Coordinator(bench::CoordinatorArguments),
+    /// What instrumentation costs a training step.
+    Telemetry(bench::TelemetryArguments),
+    /// The process that is measured.
+    #[command(hide = true)]
+    TelemetryChild {
+        /// As JSON.
+        #[arg(long)]
+        task: String,
+    },
     /// One contender of `bench data`.
     #[command(hide = true)]
     DataChild {
@@ -211,6 +220,8 @@ pub async fn run(arguments: Arguments) -> Result<i32, Failure> {
         Command::Bench(Bench::Checkpoint { rest }) => engine_bench("checkpoint", rest),
         Command::Bench(Bench::Data(arguments)) => bench::measure(arguments),
         Command::Bench(Bench::Coordinator(arguments)) => bench::coordinator(arguments).await,
+        Command::Bench(Bench::Telemetry(arguments)) => bench::telemetry(arguments),
+        Command::Bench(Bench::TelemetryChild { task }) => bench::telemetry_child(&task),
         Command::Bench(Bench::DataChild { task }) => bench::child(&task),
     }
 }

@@ -65,6 +65,9 @@ function duration(seconds) {
   return minutes < 60 ? `${minutes} min ${two(seconds % 60)} s` : `${Math.floor(minutes / 60)} h ${two(minutes % 60)} min`;
 }
 
+// What is only estimated.
+const about = (seconds) => (isNumber(seconds) && seconds < 60 ? `${Math.round(seconds)} s` : duration(seconds));
+
 function bytes(count) {
   if (!isNumber(count)) return NONE;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

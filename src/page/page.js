@@ -13,12 +13,13 @@ const PHASES = {
   saving: "Saving a checkpoint", recovering: "Recovering", joining: "A worker joins", stopping: "Stopping", finished: "Finished",
 };
 const ENDS = { 0: "Complete", 75: "Stopped; the same command resumes", 1: "Failed", 2: "Failed: usage or configuration" };
+const UNITS = { voxel: "voxels" };
 const SILENCE_S = 5;
 const [PAUSE_S, PAUSE_STEPS] = [2.5, 5]; // and so many steps' time: from then on it is told that there is none
-const RETRY_MS = 3000;
+const RETRY_MS = 1000;
 const SHOWN = 8; // of a long list, before “more”
 
-const page = { doc: null, at: 0, broken: 0, drawn: {}, told: null, stepped: { step: null, at: 0 } };
+const page = { doc: null, at: 0, broken: false, drawn: {}, told: null, stepped: { step: null, at: 0 } };
 const element = (id) => document.getElementById(id);
 const isOver = (doc) => !doc.live || doc.state.phase === "finished" || doc.state.status !== null;
 const classColour = (index) => CLASS_COLOURS[index % CLASS_COLOURS.length];
@@ -45,8 +46,9 @@ const ageing = (unix) => h("span", { "data-since": unix }, age(unix));
 
 function table({ caption, head, rows, label, kind }) {
   const columns = head && h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col" }, text))));
-  return h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": label ?? caption },
-    h("table", { class: kind }, caption && h("caption", {}, caption), columns, h("tbody", {}, rows)));
+  return [caption && h("p", { class: "muted" }, caption), // one in the table would be cut off where that scrolls
+    h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": label ?? caption },
+      h("table", { class: kind }, columns, h("tbody", {}, rows)))];
 }
 
 const row = (first, cells, attributes = {}) =>
@@ -80,7 +82,7 @@ function drawScores({ scores, cases, last, classes }) {
     rows: cases.map((it) => row(it.case, [hundredths(it.mean), ...names.map((name) => hundredths(it.dice[name]))])),
   };
   return [
-    table({ caption: `${plural(scores.volumes, "volume")}; distances in ${scores.unit}; ${scores.policy}`, head, rows }),
+    table({ caption: `${plural(scores.volumes, "volume")}; distances in ${UNITS[scores.unit] ?? scores.unit}; ${scores.policy}`, head, rows }),
     cases.length > 0 && details("Dice by case", table(byCase)),
   ];
 }
@@ -91,7 +93,7 @@ const isOurs = (src) => /^data:image\/png;base64,/.test(src) || (/^[\w][\w./-]*$
 function pictures(overlays) {
   return h("div", { class: "grid" }, overlays.filter((overlay) => isOurs(overlay.src)).map((overlay) => h("figure", {},
     h("img", { src: overlay.src, alt: `Truth on the left, prediction on the right: ${overlay.caption}` }),
-    h("figcaption", {}, overlay.caption))));
+    h("figcaption", {}, overlay.caption.replaceAll(" %", "\u00a0%")))));
 }
 
 function classLegend(classes) {
@@ -100,8 +102,8 @@ function classLegend(classes) {
 }
 
 function drawCases({ best, worst, classes }) {
-  const group = (title, overlays) => overlays.length > 0 && [h("h3", {}, title), pictures(overlays)];
-  return [classLegend(classes), group("Best", best), group("Worst", worst)];
+  const group = (title, overlays) => overlays.length > 0 && h("div", {}, h("h3", {}, title), pictures(overlays));
+  return [classLegend(classes), h("div", { class: "groups" }, group("Best", best), group("Worst", worst))];
 }
 
 function drawOverlays({ overlays, classes }) {
@@ -368,7 +370,7 @@ function drawHeader(doc) {
   element("name").textContent = run.name;
   const data = run.data && [" · data ", h("code", {}, run.data)];
   const when = !doc.live && [" · ", time(doc.now, true)];
-  morphChildren(element("about"), [...h("p", {}, h("code", {}, run.url), data, ` · method ${run.method}`, when).childNodes]);
+  morphChildren(element("about"), [...h("p", {}, h("code", {}, run.url), data, ` · method\u00a0${run.method}`, when).childNodes]);
   element("version").textContent = `Made by cpcr ${run.version}.`;
   morphChildren(element("progress"), drawProgress(doc));
   const small = (text) => h("small", {}, ` ${text}`);
@@ -382,7 +384,7 @@ function drawHeader(doc) {
     ["Best Dice", state.best ? [fixed(state.best.mean_dice, 4), small(`at step ${state.best.step}`)] : NONE],
     ["Loss", [short(state.loss.total), over && isNumber(state.loss.total) && small("last step")]],
     ["Images/s", [fixed(state.images_per_s, 1), isNumber(state.images_per_s) && which]],
-    over ? ["Took", [duration(doc.goodput?.wall_s), wasResumed(doc) && small("since its last start")]] : ["Time left", duration(state.eta_s)],
+    over ? ["Took", [duration(doc.goodput?.wall_s), wasResumed(doc) && small("since its last start")]] : ["Time left", about(state.eta_s)],
     ["Workers", [`${state.workers} of ${state.wanted}`, !over && training < state.workers && small(`${training} training`)]],
     ["Data wait", [percent(state.data_wait), isNumber(state.data_wait) && which?.cloneNode(true)]],
     ["Workers lost", String(doc.interruptions.filter((i) => i.loss).length)],
@@ -406,13 +408,13 @@ function drawProgress({ run, state }) {
   const said = phaseText(state, run);
   const bad = state.status === 1 || state.status === 2 || state.phase === "recovering";
   const kind = bad ? "bad" : state.phase === "finished" ? "done" : "";
-  const left = isNumber(state.eta_s) && !isOver(page.doc) ? `, ${duration(state.eta_s)} left` : "";
+  const left = isNumber(state.eta_s) && !isOver(page.doc) ? `, ${about(state.eta_s)} left` : "";
   const text = `${state.step} of ${run.steps} steps, ${percent(state.step / Math.max(run.steps, 1), 0)}${left}`;
   const pause = pauseOf(page.doc);
   const lasting = page.doc.interruptions.filter((it) => it.open);
   return [
     h("p", {}, h("b", { class: `phase ${kind}` }, said), " ",
-      h("span", { class: "muted" }, `${text} · generation ${state.generation}`),
+      h("span", { class: "muted" }, `${text} · generation\u00a0${state.generation}`),
       pause && [" ", chip("warn", `no step for ${pause.toFixed(0)} s`)]),
     h("progress", { max: Math.max(run.steps, 1), value: state.step, "aria-label": "Steps done" }, text),
     lasting.map((it) => h("p", { class: "reason" }, it.text, " · ", h("span", { class: "muted" }, ageing(it.at)))),
@@ -447,7 +449,7 @@ function tick() {
 }
 
 function receive(doc) {
-  Object.assign(page, { doc, at: performance.now(), broken: 0 });
+  Object.assign(page, { doc, at: performance.now(), broken: false });
   drawHeader(doc);
   for (const id of Object.keys(SECTIONS)) {
     try {
@@ -508,13 +510,12 @@ document.addEventListener("toggle", ({ target }) => target.id.startsWith("number
 function connect() {
   const source = new EventSource("events");
   source.addEventListener("run", (event) => receive(JSON.parse(event.data)));
-  source.addEventListener("open", () => { page.broken = 0; tick(); });
+  source.addEventListener("open", () => { page.broken = false; tick(); });
   source.addEventListener("error", () => {
-    if (page.doc && isOver(page.doc)) source.close();
-    else {
-      page.broken ||= performance.now();
-      // It tries again by itself, unless it was answered by something else.
-      if (source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY_MS);
+    source.close(); // it would try again by itself, but late, and not after each kind of answer
+    if (!page.doc || !isOver(page.doc)) {
+      page.broken = true;
+      setTimeout(connect, RETRY_MS);
     }
     tick();
   });

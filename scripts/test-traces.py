@@ -79,10 +79,10 @@ TOUCH_S = 0.001
 OUTAGE_OFF_MAX = 0.05
 # Before this, the coordinator cannot have heard of a step.
 EARLY_S_MAX = 0.05
-# With a collector that is not there: what a run's steps may take longer, and its end. At the end the trainers, the agents, the coordinator and the
-# launcher go one after the other, and each gives its last spans, the coordinator also its last metrics, 0.6 s.
+# With a collector that is not there: what a run's steps may take longer, and its end. There the trainers, the agents, the coordinator and the launcher
+# go one after the other, and each gives its last spans 0.6 s, the coordinator its last metrics as long again: five times 0.6 s.
 STEPS_MORE = (1.1, 1.0)
-END_MORE_S = 2.5
+END_MORE_S = 3.0
 
 
 class Failed(Exception):

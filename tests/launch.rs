@@ -179,7 +179,7 @@ fn a_frozen_trainer_is_found_and_replaced() {
     let output = child.wait_with_output().unwrap();
     succeed(&output);
     let told = text(&output.stderr);
-    assert!(told.contains("(by its agent)") && !told.contains("resumed at step"), "{told}");
+    assert!(told.contains("its agent killed it") && !told.contains("resumed at step"), "{told}");
     assert_eq!(audited(&folder.path().join("run"))["samples"], 200);
     let verdicts = records(&folder.path().join("run"), "interruptions");
     assert_eq!(verdicts[0]["cause"]["kind"], "trainer-frozen", "{verdicts:?}");

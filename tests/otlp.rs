@@ -133,6 +133,57 @@ fn the_spans_of_a_step_arrive_as_children_of_the_launcher() {
     }
 }
 
+/// The names of a request's metrics: as much of `ExportMetricsServiceRequest` as that takes.
+mod metrics {
+    use prost::Message;
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Request {
+        #[prost(message, repeated, tag = "1")]
+        pub resource_metrics: Vec<ResourceMetrics>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ResourceMetrics {
+        #[prost(message, repeated, tag = "2")]
+        pub scope_metrics: Vec<ScopeMetrics>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct ScopeMetrics {
+        #[prost(message, repeated, tag = "2")]
+        pub metrics: Vec<Metric>,
+    }
+
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Metric {
+        #[prost(string, tag = "1")]
+        pub name: String,
+    }
+}
+
+#[test]
+fn the_boards_metrics_arrive_under_dotted_names() {
+    let (settings, bodies) = collector();
+    let endpoint = settings.endpoint.replace("/v1/traces", "/v1/metrics");
+    let exporter =
+        OtlpMetrics::start(&Process::new("coordinator"), &OtlpSettings { endpoint, ..settings });
+    let exporter = exporter.unwrap();
+    let board = SharedBoard::new(Board::new(Facts::default(), None, 1.0));
+    meter::observe(&exporter.meter(), board.inner());
+    drop(exporter); // flushes
+    let names: Vec<String> = bodies
+        .try_iter()
+        .flat_map(|body| metrics::Request::decode(body.as_slice()).unwrap().resource_metrics)
+        .flat_map(|resource| resource.scope_metrics)
+        .flat_map(|scope| scope.metrics)
+        .map(|metric| metric.name)
+        .collect();
+    for expected in ["cpcr.steps.done", "cpcr.run.info", "cpcr.checkpoints", "cpcr.interruptions"] {
+        assert!(names.iter().any(|name| name == expected), "{expected}: {names:?}");
+    }
+}
+
 /// Training and the end of the process are both bounded, whatever the collector does.
 fn costs_no_time(settings: &OtlpSettings) {
     let otlp = Otlp::start(&Process::new("trainer"), settings).unwrap();

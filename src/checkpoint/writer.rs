@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
@@ -85,6 +85,8 @@ pub struct Written {
     pub committed: SystemTime,
     /// The span that handed it over.
     pub cause: Past,
+    /// How long whoever handed it over had been at it.
+    pub held: Duration,
 }
 
 /// What became of a snapshot.
@@ -200,8 +202,14 @@ pub struct Writer {
 /// Makes a snapshot of what was copied when it was submitted.
 type Make = Box<dyn FnOnce() -> Result<Snapshot, CheckpointError> + Send>;
 
+/// Who handed a snapshot over, and how long that took.
+struct Handed {
+    cause: Past,
+    held: Duration,
+}
+
 enum Order {
-    Write(Step, Past, Make),
+    Write(Step, Handed, Make),
     Flush(SyncSender<Result<Vec<Outcome>, CheckpointError>>),
 }
 
@@ -219,7 +227,7 @@ impl Writer {
         Ok(Self { orders: Some(orders), thread: Some(thread), failed })
     }
 
-    /// Hands over the snapshot of `step`, which `make` makes on the writer's thread; waits only while another is waiting
+    /// Hands over the snapshot of `step`, at which the caller has been `since` then and which `make` makes on the writer's thread; waits only while another is waiting
     /// already.
     ///
     /// # Errors
@@ -227,13 +235,14 @@ impl Writer {
     /// train without a net. It is told once.
     pub fn submit(
         &self,
-        step: Step,
+        (step, since): (Step, Instant),
         make: impl FnOnce() -> Result<Snapshot, CheckpointError> + Send + 'static,
     ) -> Result<(), CheckpointError> {
         if self.failed.swap(false, Ordering::Acquire) {
             self.flush(|| {})?;
         }
-        self.order(Order::Write(step, Past::below(&Span::current()), Box::new(make)))
+        let handed = Handed { cause: Past::below(&Span::current()), held: since.elapsed() };
+        self.order(Order::Write(step, handed, Box::new(make)))
     }
 
     /// Waits until everything submitted is committed, calling `waiting` about every second: what
@@ -283,9 +292,9 @@ fn serve(
     let mut since_flush: Result<Vec<Outcome>, CheckpointError> = Ok(Vec::new());
     for order in queue {
         match order {
-            Order::Write(step, cause, make) => {
+            Order::Write(step, handed, make) => {
                 let write =
-                    |snapshot| runtime.block_on(write_and_retain(run, options, &snapshot, cause));
+                    |snapshot| runtime.block_on(write_and_retain(run, options, &snapshot, handed));
                 match make().and_then(write) {
                     Ok(outcome) => {
                         if let Ok(outcomes) = &mut since_flush {
@@ -316,7 +325,7 @@ async fn write_and_retain(
     run: &Store,
     options: &WriterOptions,
     snapshot: &Snapshot,
-    cause: Past,
+    Handed { cause, held }: Handed,
 ) -> Result<Outcome, CheckpointError> {
     let began = SystemTime::now();
     let outcome = write(run, &options.identity, snapshot).await?;
@@ -331,6 +340,6 @@ async fn write_and_retain(
         }
     }
     let (Outcome::Written(manifest) | Outcome::AlreadyThere(manifest)) = outcome.clone();
-    (options.written)(&Written { manifest, verified, began, committed, cause });
+    (options.written)(&Written { manifest, verified, began, committed, cause, held });
     Ok(outcome)
 }

@@ -17,6 +17,7 @@ use super::view::{View, ask_to_stop, follow};
 use super::{Failure, named, sibling, tell, threads_each};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::coordinator::verdict::Goodput;
+use crate::page;
 use crate::proto::wire::RunStatus;
 use crate::proto::{EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE, EXIT_USAGE};
 use crate::store::{Store, StoreOptions};
@@ -195,8 +196,11 @@ async fn demonstrate(
         ("AWS_REGION".to_owned(), "us-east-1".to_owned()),
         ("AWS_ALLOW_HTTP".to_owned(), "true".to_owned()),
     ]);
+    let outside = bucket.join("cpcr");
+    let shown = format!("s3://cpcr={}", outside.display());
+    family.environment.push((page::SHOWN_AS.to_owned(), shown));
     config.data.url = Some("s3://cpcr/data".to_owned());
-    let report = Some(folder.join("bucket/cpcr/run/report/index.html"));
+    let report = Some(outside.join("run/report/index.html"));
     let run = "s3://cpcr/run".to_owned();
     let Arguments { spares, backend, dashboard, .. } = *arguments;
     let plan = Plan {

@@ -252,8 +252,8 @@ async fn board(config: &RunConfig, url: &str, run: &Store) -> SharedBoard {
     let facts = Facts {
         run: page::Run {
             name: config.name.clone(),
-            url: url.to_owned(),
-            data: config.data.url.clone().unwrap_or_default(),
+            url: page::shown(url),
+            data: page::shown(config.data.url.as_deref().unwrap_or_default()),
             method: config.method.name(),
             classes: Vec::new(),
             steps: config.train.iterations,

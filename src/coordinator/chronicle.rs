@@ -14,7 +14,7 @@ use crate::store::Store;
 /// Records that may wait.
 const QUEUE: usize = 64;
 /// How often the account is written.
-pub(super) const ACCOUNT_EVERY: Duration = Duration::from_secs(60);
+pub(super) const ACCOUNT_EVERY: Duration = Duration::from_secs(20);
 /// How long the end of a run waits for what is not written yet.
 const END_MAX: Duration = Duration::from_secs(5);
 

@@ -190,10 +190,17 @@ async fn say_if_complete(outcome: &Outcome, place: &LedgerPlace, epoch: &str) {
     }
 }
 
-/// The report says how the run ended, too. It is whole without that, should the store not answer now.
-async fn complete_report(run: &Store, board: &SharedBoard) {
+/// The report says how the run ended, too. Not worth a failure, should the store not answer now.
+async fn report_end(status: i32, run: &Store, board: &SharedBoard) {
     let seen = board.look(|board, now| board.document(now));
-    match tokio::time::timeout(COMPLETION_MAX, report::complete(run, seen)).await {
+    let writing = async {
+        match status {
+            EXIT_DONE => report::complete(run, seen).await,
+            EXIT_RESUMABLE => report::interim(run, seen).await,
+            _ => Ok(()),
+        }
+    };
+    match tokio::time::timeout(COMPLETION_MAX, writing).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the report does not say how the run ended"),
         Err(_) => tracing::warn!("the report does not say how the run ended: the store is slow"),
@@ -255,9 +262,7 @@ async fn own(
             outbound.chronicle.account(&goodput);
             outbound.publish(&state, start.elapsed(), Some((&outcome, &goodput)));
             outbound.keep_board();
-            if outcome.status == EXIT_DONE {
-                complete_report(&place.run, &outbound.board).await;
-            }
+            report_end(outcome.status, &place.run, &outbound.board).await;
             outbound.chronicle.end().await;
             return outcome;
         }

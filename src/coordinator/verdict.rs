@@ -238,10 +238,12 @@ impl Verdict {
     #[must_use]
     pub fn line(&self) -> String {
         let Self { cause, detect_s, .. } = self;
-        match (self.next, self.regroup_s, self.step_s) {
-            (Some((generation, world)), Some(regroup_s), Some(step_s)) => format!(
+        match (self.next, self.phases) {
+            (Some((generation, world)), Some(phases)) => format!(
                 "{world} workers train again as generation {generation} ({cause}): noticed within {detect_s:.2} s, \
-                 together again after {regroup_s:.2} s, the next step after {step_s:.2} s"
+                 together again after {:.2} s, the next step after {:.2} s",
+                phases.fence_s + phases.regroup_s + phases.restore_s,
+                phases.first_step_s
             ),
             (Some((generation, _)), ..) => {
                 format!("generation {generation}, which followed ({cause}), took no step")

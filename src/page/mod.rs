@@ -46,6 +46,25 @@ pub fn embedded(document: &Document) -> Result<String, serde_json::Error> {
     Ok(live().replacen(DATA, &data, 1).replacen("<title>cpcr</title>", &title, 1))
 }
 
+/// Who has a bucket in a folder of their own says so here: `s3://cpcr=/home/me/runs/demo/bucket/cpcr`.
+pub const SHOWN_AS: &str = "CPCR_SHOWN_AS";
+
+/// A URL as its user can use it, who may know it by another name than a run's processes.
+#[must_use]
+pub fn shown(url: &str) -> String {
+    shown_as(&std::env::var(SHOWN_AS).unwrap_or_default(), url)
+}
+
+fn shown_as(names: &str, url: &str) -> String {
+    match names.split_once('=') {
+        Some((inside, outside)) => match url.strip_prefix(inside) {
+            Some(rest) if rest.is_empty() || rest.starts_with('/') => format!("{outside}{rest}"),
+            _ => url.to_owned(),
+        },
+        None => url.to_owned(),
+    }
+}
+
 /// What a picture of a validation is called.
 #[must_use]
 pub fn picture_name(step: u64, number: usize) -> String {
@@ -67,6 +86,14 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bucket_in_a_folder_is_shown_as_that() {
+        let under = shown_as;
+        assert_eq!(under("s3://cpcr=/x/b", "s3://cpcr/run"), "/x/b/run");
+        assert_eq!(under("s3://cpcr=/x/b", "s3://cpcr2/run"), "s3://cpcr2/run");
+        assert_eq!(under("", "s3://cpcr/run"), "s3://cpcr/run");
+    }
 
     #[test]
     fn pictures_have_names_of_one_kind() {

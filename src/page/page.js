@@ -77,12 +77,13 @@ function drawScores({ scores, cases, last, classes }) {
   const distances = ["HD95", "ASD", "ASSD"].map((name) => `${name} (${scores.unit})`);
   const head = ["Class", "Dice %", "Jaccard %", ...distances, "Empty predictions"];
   const names = scores.classes.map((score) => score.name);
+  const units = UNITS[scores.unit] ?? scores.unit;
   const byCase = {
     label: "Dice by case, in %", head: ["Case", "Mean %", ...names.map((name) => `${name} %`)],
     rows: cases.map((it) => row(it.case, [hundredths(it.mean), ...names.map((name) => hundredths(it.dice[name]))])),
   };
   return [
-    table({ caption: `${plural(scores.volumes, "volume")}; distances in ${UNITS[scores.unit] ?? scores.unit}; ${scores.policy}`, head, rows }),
+    table({ caption: `${plural(scores.volumes, "volume")}; distances in ${units}; ${scores.policy}`, head, rows }),
     cases.length > 0 && details("Dice by case", table(byCase)),
   ];
 }
@@ -375,7 +376,7 @@ function drawHeader(doc) {
   morphChildren(element("progress"), drawProgress(doc));
   const small = (text) => h("small", {}, ` ${text}`);
   const [last, over] = [doc.curves.validations.at(-1), isOver(doc)];
-  const which = !doc.live ? small("mean") : over ? small("last step") : null;
+  const which = () => (!doc.live ? small("mean") : over && small("last step"));
   const dice = report?.scores ? [fixed(report.scores.mean.dice, 4), small("final")]
     : [fixed(state.mean_dice, 4), last && small(`at step ${last.step}`)];
   const training = doc.workers.filter((it) => it.state === "training").length;
@@ -383,10 +384,11 @@ function drawHeader(doc) {
     ["Mean Dice", dice],
     ["Best Dice", state.best ? [fixed(state.best.mean_dice, 4), small(`at step ${state.best.step}`)] : NONE],
     ["Loss", [short(state.loss.total), over && isNumber(state.loss.total) && small("last step")]],
-    ["Images/s", [fixed(state.images_per_s, 1), isNumber(state.images_per_s) && which]],
+    ["Images/s", [fixed(state.images_per_s, 1), isNumber(state.images_per_s) && which()]],
     over ? ["Took", [duration(doc.goodput?.wall_s), wasResumed(doc) && small("since its last start")]] : ["Time left", about(state.eta_s)],
-    ["Workers", [`${state.workers} of ${state.wanted}`, !over && training < state.workers && small(`${training} training`)]],
-    ["Data wait", [percent(state.data_wait), isNumber(state.data_wait) && which?.cloneNode(true)]],
+    ["Workers", [`${state.workers} of ${state.wanted}`,
+      !over && training < state.workers && small(`${training} training`)]],
+    ["Data wait", [percent(state.data_wait), isNumber(state.data_wait) && which()]],
     ["Workers lost", String(doc.interruptions.filter((i) => i.loss).length)],
   ];
   morphChildren(element("tiles"), tiles.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));

@@ -148,6 +148,9 @@ pub enum TrainerEvent {
         verified: bool,
         /// Seconds from the copy in memory to its manifest.
         upload_s: f64,
+        /// Seconds that training waited for the copy.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hold_s: Option<f64>,
     },
     /// How it does: said every second while it trains.
     Vitals(Vitals),
@@ -193,9 +196,6 @@ pub struct Vitals {
     pub steps_s: f64,
     /// Seconds by phase of a step (`telemetry::Phase`).
     pub phases_s: BTreeMap<String, f64>,
-    /// What the last checkpoint held training up.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hold_s: Option<f64>,
     /// Batches that are ready.
     pub queue: u64,
     /// Read requests.

@@ -236,7 +236,8 @@ impl FaultCounters {
         }
         let unlogged = std::mem::take(&mut log.kept_back);
         log.last = Some(Instant::now());
-        tracing::warn!(object, offset, %kind, detail, unlogged, "a fault on the way to the bytes");
+        // No warning: a further request cures it, or an error follows.
+        tracing::info!(object, offset, %kind, detail, unlogged, "a fault on the way to the bytes");
     }
 }
 

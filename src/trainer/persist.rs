@@ -85,6 +85,18 @@ pub fn given_weights(
     Ok(main_state(unnamed(&tensors).map_err(|e| wrong(e.to_string()))?))
 }
 
+/// This machine, without its name.
+fn machine() -> String {
+    let system = rustix::system::uname();
+    let [name, release] =
+        [system.sysname(), system.release()].map(|s| s.to_string_lossy().into_owned());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    let model = model.map_or("unknown processor", |(_, model)| model.trim());
+    format!("{cores} cores of {model}, {name} {release}")
+}
+
 /// What the coordinator has written down of the run. The report does without where that cannot be had.
 fn seen_by_coordinator(t: &Trainer) -> Option<Document> {
     let bytes = match t.runtime.block_on(t.run.get(page::SEEN_PATH)) {
@@ -125,12 +137,18 @@ pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError
         ("workers".to_owned(), t.world.to_string()),
         ("threads per worker".to_owned(), t.assignment.threads.to_string()),
         ("backend".to_owned(), t.assignment.backend.to_string()),
+        ("device".to_owned(), format!("{:?}", t.device)),
+        ("precision".to_owned(), format!("{:?}", t.config.train.precision).to_lowercase()),
+        ("seed".to_owned(), t.seed.to_string()),
+        ("dataset".to_owned(), format!("sha256 {}", t.dataset.digest().sha256)),
+        ("machine of rank 0".to_owned(), machine()),
         ("cpcr".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+        ("libtorch".to_owned(), "2.11".to_owned()),
     ];
     let files = report::render(&ReportInputs {
         name: &t.config.name,
-        run_url: t.run.url(),
-        data_url: t.config.data.url.as_deref().unwrap_or_default(),
+        run_url: &page::shown(t.run.url()),
+        data_url: &page::shown(t.config.data.url.as_deref().unwrap_or_default()),
         history: &t.history,
         summary: t.summary.as_ref(),
         class_names: &names,

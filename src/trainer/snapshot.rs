@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use safetensors::Dtype;
 use serde_json::json;
@@ -61,10 +62,11 @@ pub(crate) fn hand_over(
     copies: &Copies,
     of: Circumstances,
 ) -> Result<(), TrainerError> {
+    let since = Instant::now();
     let mut copy = copies.take();
     nets.copy_state(&mut copy)?;
     let (copies, step) = (copies.clone(), of.step);
-    Ok(writer.submit(step, move || {
+    Ok(writer.submit((step, since), move || {
         snapshot(copy, &copies, of)
             .map_err(|error| CheckpointError::Invalid { step, detail: error.to_string() })
     })?)

@@ -67,5 +67,6 @@ pub fn checkpoint_written(written: &Written) {
         bytes,
         verified: written.verified,
         upload_s: took.as_secs_f64(),
+        hold_s: Some(written.held.as_secs_f64()),
     });
 }

@@ -34,10 +34,6 @@ pub fn stepped(t: &Trainer, shared: &Shared, trace: &StepTrace, took_s: f64) {
             None => drop(vitals.phases_s.insert(phase.name().to_owned(), spent)),
         }
     }
-    let hold = trace.spent(Phase::CheckpointHold).as_secs_f64();
-    if hold > 0.0 {
-        vitals.hold_s = Some(hold);
-    }
     vitals.queue = stats.ready as u64;
     (vitals.requests, vitals.bytes) = (faults.requests, faults.bytes);
     if faults.total() > 0 {

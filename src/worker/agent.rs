@@ -30,6 +30,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const WATCH: Duration = Duration::from_millis(250);
 /// Messages that may wait for the coordinator.
 const QUEUE: usize = 256;
+/// What is said of a trainer that gave no sign of life, or hung by its coordinator's word.
+const HUNG: &str = "hung, and its agent killed it";
 /// Pause after a coordinator that did not take this agent.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -317,7 +319,7 @@ impl Agent<'_> {
         }
     }
 
-    /// Kills a trainer whose pulse has stopped; its exit is reported like any other.
+    /// Kills a trainer whose pulse has stopped.
     fn watch_trainer(&mut self) {
         let silence = self.silence;
         if let Some(child) = &mut self.trainer
@@ -345,9 +347,8 @@ impl Agent<'_> {
             }
             ChildEvent::Exited(status, evidence) => {
                 let child = self.trainer.take();
-                // One that its coordinator had killed was no more alive.
                 let frozen = child.as_ref().is_some_and(|child| child.killed);
-                let evidence = if frozen { format!("{evidence} (by its agent)") } else { evidence };
+                let evidence = if frozen { HUNG.to_owned() } else { evidence };
                 let out_of_memory = child.as_ref().is_some_and(TrainerChild::memory_ran_out);
                 let doing = child.map(|child| child.doing().to_owned()).unwrap_or_default();
                 let exit = wire::TrainerExit {

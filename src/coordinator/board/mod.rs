@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::events::Now;
 use super::state::{Phase, State};
-use super::verdict::{CauseKind, Goodput, Verdict};
+use super::verdict::{CauseKind, Goodput, Part, Verdict};
 use crate::page::{
     CheckpointRow, Document, GenerationRow, InterruptionRow, Mark, Note, Overlay, Run, Timeline,
     ValidationPoint, WorkerRow,
@@ -36,6 +36,9 @@ pub use instruments::prometheus_text;
 const ROWS_MAX: usize = 200;
 /// Steps that the pace is taken over.
 const PACE: usize = 64;
+
+/// What a generation ended of, as far as the coordinator knows that follows.
+const COORDINATOR_ENDED: &str = "its coordinator ended";
 
 /// What the board is told of the run's configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -68,6 +71,8 @@ pub struct Board {
     last_outage_s: Option<f64>,
     /// When the coordinator's own time began.
     began: f64,
+    /// The time of coordinators before this one.
+    earlier: Option<Timeline>,
 }
 
 impl Board {
@@ -86,12 +91,13 @@ impl Board {
         }
         shown.state.status = None;
         shown.state.reason.clear();
+        let shown_before = shown.goodput.clone();
         shown.workers.clear();
         shown.hints.clear();
         shown.interruptions.retain(|row| !row.open);
         for generation in shown.generations.iter_mut().filter(|g| g.to.is_none()) {
             generation.to = Some(now);
-            generation.end = Some("its coordinator ended".to_owned());
+            generation.end = Some(COORDINATOR_ENDED.to_owned());
         }
         Self {
             hints: Hints::new(facts.loader_threads, facts.checkpoint_every),
@@ -105,6 +111,7 @@ impl Board {
             checkpoints: 0,
             last_outage_s: None,
             began: now,
+            earlier: shown_before,
         }
     }
 
@@ -129,15 +136,14 @@ impl Board {
                 self.shown.overlays.extend(pictures.iter().map(overlay));
                 keep_last(&mut self.shown.overlays, 4 * pictures.len().max(1));
             }
-            TrainerEvent::Checkpoint { step, bytes, verified, upload_s } => {
-                let hold_s = self.recent.get(&node).and_then(|recent| recent.newest()?.hold_s);
+            TrainerEvent::Checkpoint { step, bytes, verified, upload_s, hold_s } => {
                 self.shown.checkpoints.retain(|row| row.step < step.0);
                 self.shown.checkpoints.push(CheckpointRow {
                     step: step.0,
                     at: now,
                     bytes: Some(*bytes),
                     verified: *verified,
-                    hold_s,
+                    hold_s: *hold_s,
                     upload_s: Some(*upload_s),
                 });
                 self.checkpoints += 1;
@@ -216,7 +222,11 @@ impl Board {
             row.rank = standing.rank.map(|rank| rank.0);
             standing.host.clone_into(&mut row.host);
             row.heard = now - clock.saturating_sub(standing.heard).as_secs_f64();
+            if !standing.has_trainer {
+                self.recent.remove(&standing.node);
+            }
         }
+        self.see_generation(now, state);
         self.see_interruption(now, state, clock);
     }
 
@@ -235,6 +245,21 @@ impl Board {
                 None if self.stepped => "training",
                 None => "starting",
             },
+        }
+    }
+
+    /// A generation that trains without having been ordered here is one that was taken over.
+    fn see_generation(&mut self, now: f64, state: &State) {
+        let Phase::Training { ranks, .. } = state.phase() else { return };
+        let generation = state.generation().0;
+        let world = u32::try_from(ranks.len()).unwrap_or(u32::MAX);
+        let rows = &mut self.shown.generations;
+        match rows.iter_mut().rev().find(|row| row.generation == generation) {
+            Some(row) if row.end.as_deref() == Some(COORDINATOR_ENDED) => {
+                (row.to, row.end) = (None, None);
+            }
+            Some(_) => {}
+            None => rows.push(GenerationRow { generation, world, from: now, to: None, end: None }),
         }
     }
 
@@ -331,15 +356,18 @@ impl Board {
         keep_last(&mut self.shown.notes, ROWS_MAX);
     }
 
-    /// Where the time went so far.
+    /// Where the time of this coordinator went so far.
     pub fn account(&mut self, goodput: &Goodput) {
-        self.shown.goodput = Some(Timeline {
-            wall_s: goodput.wall_s,
-            goodput: goodput.goodput,
-            parts_s: goodput.parts_s.iter().map(|(part, s)| (part.name(), *s)).collect(),
-            losses: goodput.losses,
-            joins: goodput.joins,
-        });
+        let mut all = self.earlier.clone().unwrap_or_default();
+        all.wall_s += goodput.wall_s;
+        all.losses += goodput.losses;
+        all.joins += goodput.joins;
+        for (part, s) in &goodput.parts_s {
+            *all.parts_s.entry(part.name()).or_default() += s;
+        }
+        let training = all.parts_s.get(&Part::Training.name()).copied().unwrap_or_default();
+        all.goodput = if all.wall_s > 0.0 { training / all.wall_s } else { 0.0 };
+        self.shown.goodput = Some(all);
     }
 
     /// The run has ended.

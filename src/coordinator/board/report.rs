@@ -3,6 +3,20 @@
 use crate::page::{self, Document};
 use crate::store::{Store, StoreError};
 
+/// The report of a run that was stopped: what the coordinator has `seen`. One that is complete has more.
+///
+/// # Errors
+/// When the store fails.
+pub async fn interim(run: &Store, seen: Document) -> Result<(), StoreError> {
+    match page::embedded(&Document { live: false, ..seen }) {
+        Ok(html) => run.put(page::REPORT_HTML_PATH, html.into()).await,
+        Err(error) => {
+            tracing::warn!(%error, "the report is not written");
+            Ok(())
+        }
+    }
+}
+
 /// Puts what the coordinator has `seen` into the report that rank 0 has left. One that is missing stays so.
 ///
 /// # Errors

@@ -259,7 +259,6 @@ fn every_sample_is_in_the_table_and_the_text_is_well_formed() {
         let event = TrainerEvent::Vitals(Vitals {
             faults,
             gpu_memory: Some(5),
-            hold_s: Some(0.1),
             ..vitals
         });
         board.heard(1018.0, NodeId(0), &event);
@@ -273,7 +272,13 @@ fn every_sample_is_in_the_table_and_the_text_is_well_formed() {
     board.heard(
         1019.0,
         NodeId(0),
-        &TrainerEvent::Checkpoint { step: Step(2), bytes: 7, verified: true, upload_s: 0.5 },
+        &TrainerEvent::Checkpoint {
+            step: Step(2),
+            bytes: 7,
+            verified: true,
+            upload_s: 0.5,
+            hold_s: Some(0.1),
+        },
     );
     let mut account = Account::default();
     account.mark(Duration::from_secs(3), Part::Training);
@@ -307,6 +312,11 @@ fn a_coordinator_takes_up_what_the_one_before_wrote_down() {
     for at in 1..=100 {
         first.heard(1017.0 + at as f64, NodeId(0), &step(at, 2.0));
     }
+    let mut account = Account::default();
+    account.mark(Duration::from_secs(3), Part::Training);
+    account.mark(Duration::from_secs(4), Part::Starting);
+    account.count(true);
+    first.account(&account.goodput());
     first.note(1100.0, "hello");
     first.see(1117.0, &state, Duration::from_secs(117));
     let written = serde_json::to_vec(&first.document(1117.0)).unwrap();
@@ -338,7 +348,15 @@ fn a_coordinator_takes_up_what_the_one_before_wrote_down() {
     };
     state.apply(Duration::from_secs(1), joined);
     second.see(1201.0, &state, Duration::from_secs(1));
-    assert_eq!(second.document(1201.0).workers[0].host, "[::1]");
+    let document = second.document(1201.0);
+    assert_eq!(document.workers[0].host, "[::1]");
+    let last = document.generations.last().unwrap();
+    assert_eq!((last.generation, last.world, last.to), (4, 1, None), "it was not ordered here");
+    // The account goes on.
+    second.account(&account.goodput());
+    let goodput = second.document(1201.0).goodput.unwrap();
+    assert_eq!((goodput.wall_s, goodput.goodput, goodput.losses), (8.0, 0.75, 2));
+    assert_eq!(goodput.parts_s["starting"], 2.0);
     second.ended(1300.0, 0, "complete");
     let end = second.document(1300.0);
     assert_eq!((end.state.phase.as_str(), end.state.status), ("finished", Some(0)));

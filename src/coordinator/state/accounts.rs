@@ -16,8 +16,10 @@ pub struct Standing<'a> {
     pub node: NodeId,
     /// In the generation that trains.
     pub rank: Option<Rank>,
-    /// What its trainer is at.
+    /// What its trainer is at; "gone" when it has done its part.
     pub doing: &'static str,
+    /// Whether it has one that has started.
+    pub has_trainer: bool,
     /// When it was last heard.
     pub heard: Now,
     /// The address of its host, as other nodes reach it.
@@ -133,10 +135,16 @@ impl State {
             Phase::Training { ranks, .. } | Phase::Adopting { ranks, .. } => Some(ranks),
             _ => None,
         };
+        let left = match &self.phase {
+            Phase::Training { left, .. } => Some(left),
+            _ => None,
+        };
         self.members.iter().map(move |(node, member)| Standing {
             node: *node,
             rank: ranks.and_then(|ranks| ranks.get(node)).copied(),
+            has_trainer: !matches!(member.trainer, Trainer::Absent | Trainer::Preparing),
             doing: match member.trainer {
+                _ if left.is_some_and(|left| left.contains_key(node)) => "gone",
                 _ if member.away.is_some() => "lost",
                 Trainer::Absent => "lost",
                 Trainer::Preparing => "starting",

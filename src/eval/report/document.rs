@@ -48,7 +48,7 @@ pub(super) fn document(inputs: &ReportInputs<'_>) -> Document {
         config: inputs.config.to_owned(),
         environment: inputs.environment.to_vec(),
         commands: commands(inputs.run_url, inputs.data_url),
-        scores: inputs.summary.map(scores),
+        scores: inputs.summary.map(|summary| scores(summary, document.state.step)),
         cases: inputs.summary.map(cases).unwrap_or_default(),
         best: pictures(inputs.best, document.state.step),
         worst: pictures(inputs.worst, document.state.step),
@@ -124,10 +124,10 @@ fn row(name: &str, means: &Means, empty: usize) -> ClassScore {
     }
 }
 
-fn scores(summary: &Summary) -> Scores {
+fn scores(summary: &Summary, step: u64) -> Scores {
     Scores {
         unit: unit(summary).to_owned(),
-        policy: policy(summary).to_owned(),
+        policy: format!("the validation split at step {step}; {}", policy(summary)),
         volumes: summary.cases.len(),
         classes: summary
             .classes

@@ -509,7 +509,7 @@ def tree(trace):
         said = {**({"node": span.resource["cpcr.node"]} if span.name in ("trainer",) and "cpcr.node" in span.resource else {}),
                 **span.attributes}
         told = ", ".join(f"{key.removeprefix('cpcr.')} {value:.4g}" if isinstance(value, float) else f"{key.removeprefix('cpcr.')} {value}"
-                         for key, value in said.items() if isinstance(value, (str, int, float)) and not key.startswith(("code.", "thread.")))
+                         for key, value in said.items() if isinstance(value, (str, int, float)) and key != "target")
         return f" ({told})" if told else ""
 
     def walk(spans, depth):
@@ -940,6 +940,13 @@ def self_test():
         for span in spans:
             if span.name == "recovery" or span.name == "first_step":
                 span.end -= 0.1
+
+    def no_step(spans, *_):
+        """As if a trainer had been ready again before the next generation took a step."""
+        for span in [span for span in spans if span.name == "recovery" or span.name in RECOVERY
+                     or (span.name == "optimiser" and 1004.5 < span.start < 1006)]:
+            spans.remove(span)
+    bad("no recovery that could be measured", "only 0 could be measured", no_step)
     bad("a recovery that ends too early", "before anybody has stepped", hear_early)
     bad("nobody steps again", "after the kill", lambda s, l, m: [s.remove(x) for x in list(s) if x.name == "optimiser" and x.start > 1004.5])
     bad("a case's name", "phantom0001", lambda s, l, m: named(s, "step").attributes.update(case="phantom0001_ed"))

@@ -11,7 +11,11 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cpcr::telemetry::{Otlp, OtlpSettings, Phase, Process, StepTrace, continues, traceparent_of};
+use cpcr::coordinator::board::serve::SharedBoard;
+use cpcr::coordinator::board::{Board, Facts, meter};
+use cpcr::telemetry::{
+    Otlp, OtlpMetrics, OtlpSettings, Phase, Process, StepTrace, continues, traceparent_of,
+};
 use cpcr::types::{Rank, Step};
 use opentelemetry_otlp::Protocol;
 use prost::Message;
@@ -101,7 +105,8 @@ fn the_spans_of_a_step_arrive_as_children_of_the_launcher() {
     let subscriber = tracing_subscriber::registry().with(otlp.layer());
     let handed_on = tracing::subscriber::with_default(subscriber, || {
         let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        let process = continues(tracing::info_span!("trainer"), Some(traceparent));
+        let process =
+            continues(tracing::info_span!(target: "cpcr::test", "trainer"), Some(traceparent));
         train(&process, 2);
         traceparent_of(&process).unwrap()
     });
@@ -190,7 +195,7 @@ fn costs_no_time(settings: &OtlpSettings) {
     let subscriber = tracing_subscriber::registry().with(otlp.layer());
     let started = Instant::now();
     tracing::subscriber::with_default(subscriber, || {
-        train(&tracing::info_span!("trainer"), 2_000); // 16,000 spans: the queue overflows
+        train(&tracing::info_span!(target: "cpcr::test", "trainer"), 2_000); // 16,000 spans: the queue overflows
     });
     let trained = started.elapsed();
     assert!(trained < Duration::from_secs(2), "2,000 steps took {trained:?}");

@@ -256,11 +256,7 @@ fn every_sample_is_in_the_table_and_the_text_is_well_formed() {
     for s in [10, 20] {
         let TrainerEvent::Vitals(vitals) = vitals(s, 0.05, 0.01) else { unreachable!() };
         let faults = BTreeMap::from([("reset".to_owned(), 2)]);
-        let event = TrainerEvent::Vitals(Vitals {
-            faults,
-            gpu_memory: Some(5),
-            ..vitals
-        });
+        let event = TrainerEvent::Vitals(Vitals { faults, gpu_memory: Some(5), ..vitals });
         board.heard(1018.0, NodeId(0), &event);
     }
     let dice = vec![("left \"ventricle\"\n".to_owned(), 0.5)];

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use cpcr::checkpoint::{
@@ -248,7 +249,7 @@ fn the_writer_serves_a_plain_thread() {
         WriterOptions { identity: identity(), retention: Some(keeping(2)), written: |_| {} };
     let writer = Writer::start(runtime.handle().clone(), run.clone(), options).unwrap();
     for step in 1..=4 {
-        writer.submit(Step(step), move || Ok(snapshot(step))).unwrap();
+        writer.submit((Step(step), Instant::now()), move || Ok(snapshot(step))).unwrap();
     }
     assert_eq!(writer.flush(|| {}).unwrap().len(), 4);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(4));
@@ -256,7 +257,7 @@ fn the_writer_serves_a_plain_thread() {
 
     let mut broken = snapshot(5);
     broken.model[0].1.shape = vec![7];
-    writer.submit(Step(5), || Ok(broken)).unwrap();
+    writer.submit((Step(5), Instant::now()), || Ok(broken)).unwrap();
     let error = writer.flush(|| {}).unwrap_err();
     assert!(error.to_string().contains("step 5"), "{error}");
     assert_eq!(writer.flush(|| {}).unwrap(), vec![], "an error is told once");
@@ -264,10 +265,11 @@ fn the_writer_serves_a_plain_thread() {
     // Nobody flushes during a long run: the next snapshot's owner is told.
     let mut broken = snapshot(5);
     broken.model[0].1.shape = vec![7];
-    writer.submit(Step(5), || Ok(broken)).unwrap();
-    let told = (0..100_000).find_map(|_| writer.submit(Step(4), move || Ok(snapshot(4))).err());
+    writer.submit((Step(5), Instant::now()), || Ok(broken)).unwrap();
+    let told = (0..100_000)
+        .find_map(|_| writer.submit((Step(4), Instant::now()), move || Ok(snapshot(4))).err());
     assert!(told.unwrap().to_string().contains("step 5"));
-    writer.submit(Step(6), move || Ok(snapshot(6))).unwrap();
+    writer.submit((Step(6), Instant::now()), move || Ok(snapshot(6))).unwrap();
     drop(writer);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(6), "dropping lets the last one finish");
 }

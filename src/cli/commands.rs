@@ -237,7 +237,7 @@ fn no_token() -> Failure {
 
 fn page_certificate() -> Result<i32, Failure> {
     let trust = serve::trust()?;
-    let der = BASE64_STANDARD.encode(trust.certificate().ok_or_else(no_token)?);
+    let der = BASE64_STANDARD.encode(trust.page_certificate().ok_or_else(no_token)?);
     let mut pem = "-----BEGIN CERTIFICATE-----\n".to_owned();
     for line in der.as_bytes().chunks(64) {
         pem += &format!("{}\n", String::from_utf8_lossy(line));

@@ -167,6 +167,7 @@ mod tests {
     use super::*;
     use crate::data::DealSpec;
     use crate::ledger::{Carried, numbers, read};
+    use crate::proto::Place;
     use crate::store::StoreOptions;
     use crate::types::{Lineage, WorldSize};
 
@@ -190,6 +191,7 @@ mod tests {
             carried: Carried::unrecorded(Step(0)),
         };
         TrainerEvent::Ready {
+            place: Place::default(),
             step: Step(0),
             restored: false,
             ledger: Some(attested.to_wire().unwrap()),

@@ -69,7 +69,7 @@ pub(super) fn relay(
                 Doing::Saving => Progress::Saving,
             })
         }
-        Ok(TrainerEvent::Grouped) => Said::Arrived(Milestone::Grouped),
+        Ok(TrainerEvent::Grouped(_)) => Said::Arrived(Milestone::Grouped),
         Ok(TrainerEvent::Ready { step, restored, .. }) if report.rank == 0 => {
             if restored {
                 let line = format!("resumed at step {step}");

@@ -75,9 +75,12 @@ pub enum TrainerEvent {
     /// It lives: said every second, by a thread of its own, whatever else the trainer is at.
     Alive,
     /// Rank 0's: the group has formed; it agrees on the state next.
-    Grouped,
+    Grouped(Place),
     /// The group has formed and agreed on the state; training goes on from `step`.
     Ready {
+        /// What it belongs to from now on: all that it says of steps is about that.
+        #[serde(flatten)]
+        place: Place,
         /// Steps done before.
         step: Step,
         /// Whether the state is a checkpoint's, for nobody had a newer one in memory.
@@ -174,6 +177,16 @@ pub enum TrainerEvent {
         /// A damaged object or a loss that is no number will be the same again.
         curable: bool,
     },
+}
+
+/// A rank of a generation. A trainer says itself which it is: when it is told to join another, it may have said more that
+/// its agent has not read yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Place {
+    /// The generation.
+    pub generation: Generation,
+    /// Its rank there.
+    pub rank: Rank,
 }
 
 /// A picture that a validation has left in the run's folder.

@@ -10,7 +10,7 @@
 //! [`OnRuntime`]: a small runtime just for exporting, separate from any the program has.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use opentelemetry::KeyValue;
@@ -36,6 +36,8 @@ const EXPORT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
 /// Longest that the end of the process waits for the last batch: a run's processes end one after the other, and a dead
 /// collector is to hold none of them up for long.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(600);
+/// The same where no batch has been sent yet.
+const SHUTDOWN_UNKNOWN: Duration = Duration::from_millis(300);
 /// The same where the collector did not take the batch before.
 const SHUTDOWN_FAILING: Duration = Duration::from_millis(20);
 
@@ -149,11 +151,25 @@ impl OtlpSettings {
 
 /// Whether the collector took the last batch; each outage is reported once.
 #[derive(Debug, Clone, Default)]
-struct Health(Arc<AtomicBool>);
+struct Health(Arc<AtomicU8>);
 
 impl Health {
+    const UNKNOWN: u8 = 0;
+    const TAKES: u8 = 1;
+    const FAILS: u8 = 2;
+
+    /// What became of a batch; whether the one before failed.
+    fn note(&self, taken: bool) -> bool {
+        let now = if taken { Self::TAKES } else { Self::FAILS };
+        self.0.swap(now, Ordering::Relaxed) == Self::FAILS
+    }
+
     fn shutdown_timeout(&self) -> Duration {
-        if self.0.load(Ordering::Relaxed) { SHUTDOWN_FAILING } else { SHUTDOWN_TIMEOUT }
+        match self.0.load(Ordering::Relaxed) {
+            Self::UNKNOWN => SHUTDOWN_UNKNOWN,
+            Self::FAILS => SHUTDOWN_FAILING,
+            _ => SHUTDOWN_TIMEOUT,
+        }
     }
 }
 
@@ -202,6 +218,7 @@ impl Otlp {
     {
         tracing_opentelemetry::layer()
             .with_location(false)
+            .with_target(false)
             .with_threads(false)
             .with_tracked_inactivity(false)
             .with_tracer(self.provider.tracer("cpcr"))
@@ -269,8 +286,14 @@ impl OtlpMetrics {
 
 impl Drop for OtlpMetrics {
     fn drop(&mut self) {
-        if let Err(error) = self.provider.shutdown_with_timeout(self.health.shutdown_timeout()) {
-            tracing::debug!(%error, "the last metrics were not delivered");
+        // The SDK's own reader does not heed a timeout: this one does not wait for it.
+        let provider = self.provider.clone();
+        let (done, ended) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(provider.shutdown()));
+        match ended.recv_timeout(self.health.shutdown_timeout()) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "the last metrics were not delivered"),
+            Err(_) => tracing::debug!("the last metrics were not delivered in time"),
         }
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -358,7 +381,7 @@ impl<E> OnRuntime<E> {
             sending.as_mut().poll(context)
         });
         let result = result.await;
-        let failed_before = self.health.0.swap(result.is_err(), Ordering::Relaxed);
+        let failed_before = self.health.note(result.is_ok());
         match &result {
             Err(error) if !failed_before => {
                 tracing::warn!(%error, "{what} cannot be delivered; they are dropped until they can");

@@ -66,6 +66,7 @@ impl Trainer {
         orders: &Orders,
     ) -> Result<bool, TrainerError> {
         (self.rank, self.world) = (membership.rank, membership.world);
+        self.generation = membership.generation;
         let (gradients, ranks) = self.groups(membership)?;
         let groups = [&gradients, &ranks.host, &ranks.device];
         orders.enter(groups.into_iter().flatten().cloned().collect())?;
@@ -74,7 +75,7 @@ impl Trainer {
             .then(|| Arc::clone(&ranks) as Arc<dyn SumOverRanks>);
         (self.ranks, self.gradients) = (ranks, gradients);
         if self.rank == Rank(0) {
-            super::emit(&TrainerEvent::Grouped);
+            super::emit(&TrainerEvent::Grouped(self.place()));
         }
         let restored = self.agree()?;
         let plan = setup::loader_plan(&self.config, self.rank, self.world, self.step, self.total);

@@ -43,7 +43,7 @@ use crate::ledger::Part;
 use crate::loss::{Counts, StepLoss};
 use crate::method::StepInput;
 use crate::model::{Outputs, Statistics};
-use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, TrainerEvent};
+use crate::proto::{Assignment, EXIT_DONE, EXIT_RESUMABLE, Place, TrainerEvent};
 use crate::store::ReadFaults;
 use crate::telemetry::{Guard, Phase, StepSampling, StepTrace};
 use crate::types::{Step, WorldSize};
@@ -132,7 +132,7 @@ fn train(
     orders: &Orders,
     member: &Span,
 ) -> Result<i32, TrainerError> {
-    emit(&TrainerEvent::Ready { step: t.step, restored, ledger: t.attestation()? });
+    emit(&t.ready(restored)?);
     let mut sampling = StepSampling::new(t.config.telemetry.step_spans());
     let mut epoch = traces::EpochSpan::default();
     // What the generation before did not get to.
@@ -146,7 +146,7 @@ fn train(
     while t.step < t.total {
         orders.still_in()?;
         if orders.attest_wanted() {
-            emit(&TrainerEvent::Ready { step: t.step, restored: false, ledger: t.attestation()? });
+            emit(&t.ready(false)?);
         }
         let started = Instant::now();
         let traced = sampling.takes(started);
@@ -198,12 +198,23 @@ fn train(
     }
     t.flush()?;
     // A step that was lost on the way is missed only when a later one comes: now none does.
-    emit(&TrainerEvent::Ready { step: t.step, restored: false, ledger: t.attestation()? });
+    emit(&t.ready(false)?);
     persist::final_report(t, orders)?;
     Ok(EXIT_DONE)
 }
 
 impl Trainer {
+    /// Which rank of which generation this is.
+    fn place(&self) -> Place {
+        Place { generation: self.generation, rank: self.rank }
+    }
+
+    /// It trains from here on.
+    fn ready(&self, restored: bool) -> Result<TrainerEvent, TrainerError> {
+        let ledger = self.attestation()?;
+        Ok(TrainerEvent::Ready { place: self.place(), step: self.step, restored, ledger })
+    }
+
     /// The step as the method sees it.
     fn input<'a>(
         &'a self,

@@ -12,7 +12,7 @@ use super::snapshot::Copies;
 use super::tensorboard::TensorBoard;
 use super::{TrainerError, device, traces};
 use crate::bridge::ops::SumOverRanks;
-use crate::checkpoint::{Retention, RunIdentity, Writer, WriterOptions};
+use crate::checkpoint::{Outcome, Retention, RunIdentity, Writer, WriterOptions};
 use crate::collective::{ProcessGroup, Reducer};
 use crate::config::{self, ConfigSource, RunConfig};
 use crate::data::{DataError, Dataset, Loader, LoaderPlan};
@@ -24,7 +24,7 @@ use crate::model::{Ensemble, Heads, Sgd};
 use crate::proto::{Assignment, Doing, TrainerEvent};
 use crate::store::{BlockCache, Store, StoreOptions};
 use crate::trust::Trust;
-use crate::types::{Rank, Step, WorldSize};
+use crate::types::{Generation, Rank, Step, WorldSize};
 
 /// Size of a gradient bucket. The network has 10 MB of gradients: several buckets, so that their
 /// communication hides behind the backward pass.
@@ -62,6 +62,7 @@ pub struct Trainer {
     pub(super) copies: Copies,
     pub(super) pace: Pace,
 
+    pub(super) generation: Generation,
     pub(super) rank: Rank,
     pub(super) world: WorldSize,
     /// Whether the generation before did not get to this step's validation.
@@ -122,6 +123,7 @@ impl Trainer {
             writer: None,
             copies: Copies::default(),
             pace: Pace::default(),
+            generation: Generation(0),
             rank: Rank(0),
             world: WorldSize(1),
             validation_due: false,
@@ -179,7 +181,8 @@ impl Trainer {
         if let Some(writer) = &self.writer {
             let busy = TrainerEvent::Busy { step: self.step, doing: Doing::Saving };
             for outcome in writer.flush(|| super::emit(&busy))? {
-                tracing::info!(?outcome, "checkpoint");
+                let (Outcome::Written(manifest) | Outcome::AlreadyThere(manifest)) = outcome;
+                tracing::info!(step = %manifest.step, "the checkpoint is committed");
             }
         }
         Ok(())

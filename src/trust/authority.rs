@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use aws_lc_rs::hkdf;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ED25519,
+    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PKCS_ED25519, SignatureAlgorithm,
 };
 use rustls::client::ResolvesClientCert;
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
@@ -27,9 +27,15 @@ use super::{JoinToken, TrustError};
 const SALT: &[u8] = b"cpcr join token, version 1";
 const KEY_OF_AUTHORITY: &[u8] = b"key of the certificate authority, Ed25519";
 const PASSWORD_OF_PAGE: &[u8] = b"password of the page";
+const KEY_OF_PAGE: &[u8] = b"key of the page's certificate authority, P-256";
 /// What precedes an Ed25519 seed in PKCS#8 (RFC 8410).
 const PKCS8_ED25519: [u8; 16] =
     [0x30, 0x2e, 2, 1, 0, 0x30, 5, 6, 3, 0x2b, 0x65, 0x70, 4, 0x22, 4, 0x20];
+/// What precedes a P-256 key in PKCS#8, without its public half (RFC 5915).
+const PKCS8_P256: [u8; 35] = [
+    0x30, 0x41, 2, 1, 0, 0x30, 0x13, 6, 7, 0x2a, 0x86, 0x48, 0xce, 0x3d, 2, 1, 6, 8, 0x2a, 0x86,
+    0x48, 0xce, 0x3d, 3, 1, 7, 4, 0x27, 0x30, 0x25, 2, 1, 1, 4, 0x20,
+];
 /// The name in every certificate: who holds the token is told from who does not, hosts are not told apart.
 const MEMBER: &str = "member.cpcr.internal";
 /// Certificates that are kept.
@@ -86,10 +92,28 @@ impl Issued {
     }
 }
 
-/// A run's authority, and this process's own certificate.
-pub struct Authority {
+/// Who signs, and the certificate by which that is checked.
+struct Signer {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+}
+
+impl Signer {
+    fn new(key: KeyPair, name: &str) -> Result<Self, TrustError> {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let certificate = params.self_signed(&key).map_err(failed)?.der().clone();
+        Ok(Self { issuer: Issuer::new(params, key), certificate })
+    }
+}
+
+/// A run's authority, and this process's own certificate.
+pub struct Authority {
+    members: Signer,
+    /// Another one for browsers, which do not take Ed25519.
+    page: Signer,
     page_password: Zeroizing<String>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
@@ -120,6 +144,17 @@ fn password_of(token: &JoinToken) -> Result<Zeroizing<String>, TrustError> {
     Ok(Zeroizing::new(hex::encode(&bytes[..16])))
 }
 
+/// The key of the page's authority.
+fn page_key_of(token: &JoinToken) -> Result<KeyPair, TrustError> {
+    let mut secret = Zeroizing::new([0; 32]);
+    derive(token, KEY_OF_PAGE, &mut secret)?;
+    let mut key = Zeroizing::new([0; 67]);
+    key[..PKCS8_P256.len()].copy_from_slice(&PKCS8_P256);
+    key[PKCS8_P256.len()..].copy_from_slice(secret.as_slice());
+    let key = PrivatePkcs8KeyDer::from(key.as_slice());
+    KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256).map_err(failed)
+}
+
 /// The authority's key.
 fn key_of(token: &JoinToken) -> Result<KeyPair, TrustError> {
     let mut seed = Zeroizing::new([0; 32]);
@@ -137,24 +172,24 @@ impl Authority {
     /// # Errors
     /// [`TrustError::Token`] if the cryptography fails.
     pub fn derive(token: &JoinToken) -> Result<Self, TrustError> {
-        let key = key_of(token)?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "cpcr run");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let members = Signer::new(key_of(token)?, "cpcr run")?;
+        let page = Signer::new(page_key_of(token)?, "cpcr page")?;
         let mut roots = RootCertStore::empty();
-        let certificate = params.self_signed(&key).map_err(failed)?.der().clone();
-        roots.add(certificate.clone()).map_err(failed)?;
+        roots.add(members.certificate.clone()).map_err(failed)?;
         let provider = Arc::new(provider::default_provider());
-        let issuer = Issuer::new(params, key);
         let roots = Arc::new(roots);
         let page_password = password_of(token)?;
-        Ok(Self { issuer, certificate, page_password, roots, provider, own: Mutex::default() })
+        Ok(Self { members, page, page_password, roots, provider, own: Mutex::default() })
     }
 
     /// A key and a certificate for it, with a DNS name or an address in it, valid around `now`.
-    fn issue(&self, name: &str, now: SystemTime) -> Result<CertifiedKey, TrustError> {
-        let key = KeyPair::generate_for(&PKCS_ED25519).map_err(failed)?;
+    fn issue(
+        &self,
+        (signer, kind): (&Signer, &'static SignatureAlgorithm),
+        name: &str,
+        now: SystemTime,
+    ) -> Result<CertifiedKey, TrustError> {
+        let key = KeyPair::generate_for(kind).map_err(failed)?;
         let mut params = CertificateParams::new([name.to_owned()]).map_err(failed)?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.not_before = (now - SKEW).into();
@@ -162,28 +197,43 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.issuer).map_err(failed)?;
+        let certificate = params.signed_by(&key, &signer.issuer).map_err(failed)?;
         let secret = PrivatePkcs8KeyDer::from(key.serialize_der());
-        let signer = provider::sign::any_eddsa_type(&secret).map_err(failed)?;
-        Ok(CertifiedKey::new(vec![certificate.der().clone()], signer))
+        let key = provider::sign::any_supported_type(&secret.into()).map_err(failed)?;
+        Ok(CertifiedKey::new(vec![certificate.der().clone()], key))
     }
 
     /// This process's certificate with `name` in it: another one when half its time is over.
     fn own(&self, name: &str) -> Option<Arc<CertifiedKey>> {
+        self.own_by(name, (&self.members, &PKCS_ED25519))
+    }
+
+    /// The same for the page, which browsers are to believe.
+    fn own_of_page(&self, name: &str) -> Option<Arc<CertifiedKey>> {
+        self.own_by(name, (&self.page, &PKCS_ECDSA_P256_SHA256))
+    }
+
+    fn own_by(
+        &self,
+        name: &str,
+        by: (&Signer, &'static SignatureAlgorithm),
+    ) -> Option<Arc<CertifiedKey>> {
+        let page = std::ptr::eq(by.0, &self.page);
+        let kept = format!("{}{name}", if page { "page " } else { "" });
         // What it guards is replaced as a whole.
         let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((issued, key)) = own.get(name)
+        if let Some((issued, key)) = own.get(&kept)
             && issued.is_fresh()
         {
             return Some(key.clone());
         }
-        match self.issue(name, SystemTime::now()) {
+        match self.issue(by, name, SystemTime::now()) {
             Ok(key) => {
                 let key = Arc::new(key);
                 if own.len() >= NAMES_MAX {
                     own.clear(); // somebody asks for names at random
                 }
-                own.insert(name.to_owned(), (Issued::now(), key.clone()));
+                own.insert(kept, (Issued::now(), key.clone()));
                 Some(key)
             }
             Err(error) => {
@@ -210,7 +260,7 @@ impl Authority {
                 .with_cert_resolver(Arc::new(Own(self.clone()))),
             Purpose::Page | Purpose::Objects => config
                 .with_no_client_auth()
-                .with_cert_resolver(Arc::new(Named(self.clone(), local))),
+                .with_cert_resolver(Arc::new(Named(self.clone(), local, purpose))),
         };
         config.alpn_protocols = vec![purpose.protocol().to_vec()];
         // Every connection proves itself anew.
@@ -220,7 +270,12 @@ impl Authority {
 
     /// The authority's certificate, for clients that check servers by themselves.
     pub(super) fn certificate(&self) -> &CertificateDer<'static> {
-        &self.certificate
+        &self.members.certificate
+    }
+
+    /// The same for the page's.
+    pub(super) fn page_certificate(&self) -> &CertificateDer<'static> {
+        &self.page.certificate
     }
 
     /// What whoever may only look has to give.
@@ -266,14 +321,13 @@ impl ResolvesClientCert for Own {
 
 /// Shows a certificate with the name that the client asks for; with the address that it came to, if it asks for none.
 #[derive(Debug)]
-struct Named(Arc<Authority>, IpAddr);
+struct Named(Arc<Authority>, IpAddr, Purpose);
 
 impl ResolvesServerCert for Named {
     fn resolve(&self, client: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        match client.server_name() {
-            Some(name) => self.0.own(name),
-            None => self.0.own(&self.1.to_string()),
-        }
+        let address = self.1.to_string();
+        let name = client.server_name().unwrap_or(&address);
+        if self.2 == Purpose::Page { self.0.own_of_page(name) } else { self.0.own(name) }
     }
 }
 
@@ -296,6 +350,21 @@ mod tests {
             "e19fb4386f5c2a28d55124bdf5b36f47d07e2ba33cb8d7e9f76f3400f5c8bde0"
         );
         assert_ne!(one, key("0123456789abcdef0123456789abcdeF"));
+    }
+
+    /// The figure is from Python's hmac and `openssl ec`.
+    #[test]
+    fn the_pages_authority_is_one_that_browsers_take() {
+        let key = page_key_of(&token("0123456789abcdef0123456789abcdef")).unwrap();
+        assert_eq!(
+            hex::encode(key.public_key_raw()),
+            "04bfa4c35da9353ba8c58a819ac7b54ded0d5ea2b6802a89d72829a326b6a83428929888b89586d03077d332fdeb6210515a77fd8e77b5f2aab7f0fce92afdaa56"
+        );
+        let authority = Authority::derive(&JoinToken::random().unwrap()).unwrap();
+        let page = authority.own_of_page("localhost").unwrap();
+        let member = authority.own("localhost").unwrap();
+        assert_ne!(page.cert[0], member.cert[0], "each by its own authority");
+        assert!(Arc::ptr_eq(&page, &authority.own_of_page("localhost").unwrap()));
     }
 
     #[test]

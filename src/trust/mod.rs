@@ -156,6 +156,12 @@ impl Trust {
         self.0.as_deref().map(|authority| authority.certificate().as_ref())
     }
 
+    /// The certificate, in DER, by which browsers and scrapers tell the run's page; none without a token.
+    #[must_use]
+    pub fn page_certificate(&self) -> Option<&[u8]> {
+        self.0.as_deref().map(|authority| authority.page_certificate().as_ref())
+    }
+
     /// What browsers and scrapers have to give for the run's page beyond loopback; none without a token. Nobody can make
     /// the token of it.
     #[must_use]

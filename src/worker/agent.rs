@@ -30,7 +30,7 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const WATCH: Duration = Duration::from_millis(250);
 /// Messages that may wait for the coordinator.
 const QUEUE: usize = 256;
-/// What is said of a trainer that gave no sign of life, or hung by its coordinator's word.
+/// What is said of a trainer that gave no sign of life.
 const HUNG: &str = "hung, and its agent killed it";
 /// Pause after a coordinator that did not take this agent.
 const RETRY: Duration = Duration::from_millis(200);
@@ -333,8 +333,8 @@ impl Agent<'_> {
 
     /// Tells the coordinator what the trainer did; `false` when it can no longer be told.
     async fn relay(&mut self, event: ChildEvent, outbox: &Outbox) -> bool {
-        let place = self.trainer.as_ref().and_then(|child| child.place.as_ref());
-        let (generation, rank) = place.map_or((0, 0), |p| (p.generation.0, p.rank.0));
+        let about = self.trainer.as_ref().map(|child| child.subject(&event)).unwrap_or_default();
+        let (generation, rank) = (about.generation.0, about.rank.0);
         match event {
             ChildEvent::Alive => true,
             ChildEvent::Noise(line) => {

@@ -10,7 +10,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use tokio::time::Instant;
 
-use crate::proto::{Assignment, Doing, Membership, TrainerEvent, TrainerOrder};
+use crate::proto::{Assignment, Doing, Membership, Place, TrainerEvent, TrainerOrder};
 use crate::telemetry::TRACEPARENT;
 use crate::telemetry::logging::LOG_FORMAT;
 use crate::types::{Backend, Generation, NodeId, Step};
@@ -67,6 +67,8 @@ pub struct TrainerChild {
     pub backend: Backend,
     /// The place that it was given last.
     pub place: Option<Membership>,
+    /// Of which rank and generation it speaks, by its own word; that may not be its place yet.
+    speaks_for: Option<Place>,
     /// Whether it has left that place, and waits with its state.
     pub stranded: bool,
     /// Steps done, as far as it has said that it has a state.
@@ -94,6 +96,8 @@ pub enum ChildEvent {
         line: String,
         /// Whether that is progress.
         stepped: bool,
+        /// Whether it is about steps, or what belongs to them.
+        of_steps: bool,
     },
     /// It lives.
     Alive,
@@ -147,6 +151,7 @@ impl TrainerChild {
         Ok(Self {
             backend: assignment.backend,
             place: None,
+            speaks_for: None,
             stranded: false,
             done: None,
             killed: false,
@@ -185,9 +190,24 @@ impl TrainerChild {
         if let Ok(event) = &event {
             self.note_doing(event);
         }
+        let of_steps = matches!(
+            event,
+            Ok(TrainerEvent::Grouped(_)
+                | TrainerEvent::Ready { .. }
+                | TrainerEvent::Step { .. }
+                | TrainerEvent::Busy { .. }
+                | TrainerEvent::Validation { .. }
+                | TrainerEvent::Checkpoint { .. }
+                | TrainerEvent::Vitals(_))
+        );
         let stepped = match event {
             Ok(TrainerEvent::Alive) => return ChildEvent::Alive,
-            Ok(TrainerEvent::Ready { step, .. }) => {
+            Ok(TrainerEvent::Grouped(place)) => {
+                self.speaks_for = Some(place);
+                false
+            }
+            Ok(TrainerEvent::Ready { place, step, .. }) => {
+                self.speaks_for = Some(place);
                 self.done = Some(step);
                 false
             }
@@ -207,7 +227,7 @@ impl TrainerChild {
             // What it is goes to the coordinator, who says so if it cannot be read.
             Ok(_) | Err(_) => false,
         };
-        ChildEvent::Line { line, stepped }
+        ChildEvent::Line { line, stepped, of_steps }
     }
 
     fn note_doing(&mut self, event: &TrainerEvent) {
@@ -225,6 +245,16 @@ impl TrainerChild {
             TrainerEvent::Stranded { .. } => "waiting without a group".to_owned(),
             _ => return,
         };
+    }
+
+    /// What something that it did is about: steps are of the place that it has said, anything else of the one that it was
+    /// given last.
+    #[must_use]
+    pub fn subject(&self, event: &ChildEvent) -> Place {
+        let of_steps = matches!(event, ChildEvent::Line { of_steps: true, .. });
+        let given = self.place.as_ref();
+        let given = given.map(|place| Place { generation: place.generation, rank: place.rank });
+        self.speaks_for.filter(|_| of_steps).or(given).unwrap_or_default()
     }
 
     /// What it was last heard to be at.
@@ -316,4 +346,52 @@ pub fn die_with_parent() -> bool {
         tracing::warn!(%error, "this process may outlive its parent");
     }
     rustix::process::getppid().is_some_and(|pid| pid.as_raw_nonzero().get() == parent)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::TrainerEvent;
+    use crate::types::{Rank, WorldSize};
+
+    /// A step of the generation before counted for the next one, where the agent had been told of that before it had read the
+    /// step.
+    #[tokio::test]
+    async fn a_step_is_of_the_generation_that_took_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = ChildOptions { engine: "/bin/cat".into(), logs: folder.path().to_owned() };
+        let assignment = Assignment {
+            backend: Backend::Gloo,
+            interface: [127, 0, 0, 1].into(),
+            run: "memory:///".to_owned(),
+            threads: 1,
+        };
+        let mut child = TrainerChild::spawn(&options, NodeId(0), &assignment, None).unwrap();
+        let membership = |generation, rank| Membership {
+            generation: Generation(generation),
+            epoch: "e".to_owned(),
+            rank: Rank(rank),
+            world: WorldSize(2),
+            kv_address: ([127, 0, 0, 1], 1).into(),
+            traceparent: None,
+        };
+        let place =
+            |generation, rank| Place { generation: Generation(generation), rank: Rank(rank) };
+        let ready =
+            |place| TrainerEvent::Ready { place, step: Step(3), restored: false, ledger: None };
+        let busy = TrainerEvent::Busy { step: Step(4), doing: Doing::Validating };
+        let failed = TrainerEvent::Failed { text: "full".to_owned(), status: 1, curable: false };
+        let said = |child: &mut TrainerChild, event: &TrainerEvent| {
+            let event = child.said(serde_json::to_string(event).unwrap());
+            child.subject(&event)
+        };
+        child.join(membership(1, 1)).await;
+        assert_eq!(said(&mut child, &ready(place(1, 1))), place(1, 1));
+        child.join(membership(2, 0)).await;
+        assert_eq!(said(&mut child, &busy), place(1, 1), "it was on its way");
+        assert_eq!(said(&mut child, &failed), place(2, 0));
+        assert_eq!(said(&mut child, &ready(place(2, 0))), place(2, 0));
+        assert_eq!(said(&mut child, &busy), place(2, 0));
+        child.kill();
+    }
 }

@@ -152,7 +152,7 @@ fn run(board: &Board, now: f64, samples: &mut Samples) {
     }
     samples.add("cpcr_eta_seconds", &[], board.eta_s());
     for row in &board.shown.workers {
-        if row.state != "gone" {
+        if !["gone", "lost"].contains(&&*row.state) {
             let node = row.node.to_string();
             let age = (now - row.heard).max(0.0);
             samples.add("cpcr_heartbeat_age_seconds", &[("node", &node)], Some(age));

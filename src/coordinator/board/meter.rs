@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{AsyncInstrument, Meter};
 
-use super::instruments::{INSTRUMENTS, Instrument, Kind, samples};
+use super::instruments::{INSTRUMENTS, Instrument, Kind, Sample, samples};
 use super::{Board, serve};
 
 /// What a metric is called there: `cpcr.steps.done`.
@@ -14,18 +14,36 @@ pub fn otlp_name(prometheus: &str) -> String {
     prometheus.trim_end_matches("_total").replace('_', ".")
 }
 
+/// The samples that all instruments of one collection share.
+#[derive(Default)]
+struct Newest {
+    taken: f64,
+    samples: Vec<Sample>,
+}
+
+impl Newest {
+    fn of(&mut self, board: &Mutex<Board>) -> &[Sample] {
+        let now = serve::unix_now();
+        if (now - self.taken).abs() > 0.5 {
+            let board = board.lock().unwrap_or_else(PoisonError::into_inner);
+            (self.taken, self.samples) = (now, samples(&board, now));
+        }
+        &self.samples
+    }
+}
+
 /// Has `meter` report the board. What is observed is as old as the reader's interval.
 pub fn observe(meter: &Meter, board: &Arc<Mutex<Board>>) {
+    let newest = Arc::new(Mutex::new(Newest::default()));
     for Instrument { name, kind, help } in INSTRUMENTS {
-        let board = Arc::clone(board);
+        let (board, newest) = (Arc::clone(board), Arc::clone(&newest));
         let look = move |observer: &dyn AsyncInstrument<f64>| {
-            let board = board.lock().unwrap_or_else(PoisonError::into_inner);
-            let all = samples(&board, serve::unix_now());
-            for sample in all.into_iter().filter(|sample| sample.name == name) {
+            let mut newest = newest.lock().unwrap_or_else(PoisonError::into_inner);
+            for sample in newest.of(&board).iter().filter(|sample| sample.name == name) {
                 let labels: Vec<KeyValue> = sample
                     .labels
-                    .into_iter()
-                    .map(|(key, value)| KeyValue::new(key, value))
+                    .iter()
+                    .map(|(key, value)| KeyValue::new(*key, value.clone()))
                     .collect();
                 observer.observe(sample.value, &labels);
             }

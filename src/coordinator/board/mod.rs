@@ -329,6 +329,10 @@ impl Board {
         if let Some(row) = ended {
             row.end.get_or_insert_with(|| verdict.cause.to_string());
         }
+        if let (CauseKind::GivenBack, Some(node)) = (verdict.cause.kind, verdict.cause.node) {
+            let rows = self.shown.workers.iter_mut().filter(|row| row.node == node.0);
+            rows.for_each(|row| row.state = "gone".to_owned());
+        }
         let phases = verdict.phases;
         self.shown.interruptions.push(InterruptionRow {
             at: now - outage_s.unwrap_or_default() + verdict.detect_s,

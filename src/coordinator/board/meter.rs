@@ -53,11 +53,11 @@ pub fn observe(meter: &Meter, board: &Arc<Mutex<Board>>) {
         match kind {
             Kind::Counter => {
                 let builder = meter.f64_observable_counter(name).with_description(help);
-                drop(builder.with_callback(look).build());
+                let _kept_by_the_meter = builder.with_callback(look).build();
             }
             Kind::Gauge => {
                 let builder = meter.f64_observable_gauge(name).with_description(help);
-                drop(builder.with_callback(look).build());
+                let _kept_by_the_meter = builder.with_callback(look).build();
             }
         }
     }

@@ -29,8 +29,6 @@ KEYS = {"AWS_ACCESS_KEY_ID": "cpcr-chaos", "AWS_SECRET_ACCESS_KEY": "cpcr-chaos-
 RESUMABLE = 75
 # Longest that anything here may take.
 RUN_S_MAX, EVENT_S_MAX = 300, 60
-# Of a step in a trainer's log: when it was applied.
-STEPPED = re.compile(r"^(\S+)\s.*stepped .*?step=(\d+)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -137,9 +135,10 @@ class Run:
         found = []
         for path in self.logs():
             for line in path.read_text(errors="replace").splitlines():
-                match = STEPPED.match(ANSI.sub("", line))
-                if match:
-                    found.append((instant(match[1]), int(match[2])))
+                # A line that is being written has no end yet.
+                if '"stepped"' in line and line.endswith("}"):
+                    entry = json.loads(line)
+                    found.append((instant(entry["timestamp"]), entry["fields"]["step"]))
         return sorted(found)
 
     def step(self):

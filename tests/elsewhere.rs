@@ -172,7 +172,7 @@ fn a_node_that_is_wanted_back_goes_alone() {
     };
     let (stays, goes) = (worker("0"), worker("1"));
     let log = folder.path().join("logs/trainer-1.jsonl");
-    until("a step", || std::fs::read_to_string(&log).unwrap_or_default().contains("step=5"));
+    until("a step", || std::fs::read_to_string(&log).unwrap_or_default().contains("\"step\":5"));
     signal(i32::try_from(goes.id()).unwrap(), rustix::process::Signal::TERM);
     let gone = goes.wait_with_output().unwrap();
     assert_eq!(gone.status.code(), Some(75), "{}", text(&gone.stderr));

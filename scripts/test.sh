@@ -58,6 +58,8 @@ else
             env -u CARGO_TARGET_DIR cargo install --quiet --locked --root "$cache/cargo-deny-$DENY_VERSION" "cargo-deny@$DENY_VERSION"
     fi
     cargo fetch --quiet --locked --target x86_64-unknown-linux-gnu
+    # The fuzz targets are a workspace of their own, which nothing else here builds: its lock file is to fit.
+    cargo fetch --quiet --locked --manifest-path fuzz/Cargo.toml --target x86_64-unknown-linux-gnu
     cargo deny --offline check bans licenses sources
 fi
 

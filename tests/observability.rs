@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -18,6 +19,14 @@ use support::{CPCR, dataset, launch, processes, signal, skipped, succeed, text};
 
 /// Longest wait for what a run must do by itself.
 const PATIENCE: Duration = Duration::from_secs(90);
+
+/// The runs of this file are timed: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    // Another test's failure is its own.
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The address of the page, from the launcher's own line; the rest of what it says is read on and kept by a thread.
 fn dashboard(child: &mut Child) -> (String, std::thread::JoinHandle<String>) {
@@ -84,6 +93,7 @@ fn metric(text: &str, name: &str) -> BTreeMap<String, f64> {
 
 #[test]
 fn the_page_shows_a_killed_worker_and_the_report_keeps_it() {
+    let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
     let set = ["train.iterations=100000", "checkpoint.every=40", "validate.every=40"];
@@ -204,6 +214,7 @@ print(json.dumps({
 
 #[test]
 fn tensorboard_reads_what_a_run_writes_and_what_it_did_again_once() {
+    let _alone = alone();
     let python = std::env::var("CPCR_PEER_PYTHON").unwrap_or("python3".to_owned());
     let folder = tempfile::tempdir().unwrap();
     let data = dataset(folder.path());
@@ -259,6 +270,7 @@ fn tensorboard_reads_what_a_run_writes_and_what_it_did_again_once() {
 /// The script drives Chromium; where there is none it says that it skips.
 #[test]
 fn the_page_and_the_report_work_in_a_browser() {
+    let _alone = alone();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/test-dashboard.py");
     let bin = Path::new(CPCR).parent().unwrap();
     for arguments in

@@ -40,7 +40,16 @@ pub(super) fn relay(
     (status, board): (&watch::Sender<wire::RunStatus>, &SharedBoard),
 ) -> Said {
     let event = serde_json::from_str::<TrainerEvent>(&report.event);
-    if let Ok(event) = &event {
+    // Curves, Dice and checkpoints are rank 0's to tell.
+    let of_rank_0 = matches!(
+        event,
+        Ok(TrainerEvent::Step { .. }
+            | TrainerEvent::Validation { .. }
+            | TrainerEvent::Checkpoint { .. })
+    );
+    if let Ok(event) = &event
+        && (report.rank == 0 || !of_rank_0)
+    {
         for line in board.change(|board, now| board.heard(now, node, event)) {
             board.change(|board, now| board.note(now, &line));
             note(status, line);

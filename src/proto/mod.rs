@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::types::{Backend, Generation, Lineage, Rank, Receipt, Step, WorldSize};
 
@@ -97,6 +97,7 @@ pub enum TrainerEvent {
         /// Steps in all.
         total: Step,
         /// Loss terms by name, averaged over the workers.
+        #[serde(deserialize_with = "nulls_are_nan")]
         terms: BTreeMap<String, f64>,
         /// Images a second, over all workers.
         images_per_s: f64,
@@ -134,8 +135,10 @@ pub enum TrainerEvent {
         /// Steps done.
         step: Step,
         /// Dice of each foreground class by its name, in class order.
+        #[serde(deserialize_with = "null_pairs_are_nan")]
         dice: Vec<(String, f64)>,
         /// Their mean.
+        #[serde(deserialize_with = "null_is_nan")]
         mean_dice: f64,
         /// Pictures in the run's folder, and what is on them.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -177,6 +180,21 @@ pub enum TrainerEvent {
         /// A damaged object or a loss that is no number will be the same again.
         curable: bool,
     },
+}
+
+/// JSON has no NaN: it is written as null.
+fn null_is_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
+fn nulls_are_nan<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, f64>, D::Error> {
+    let values = BTreeMap::<String, Option<f64>>::deserialize(from)?;
+    Ok(values.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
+}
+
+fn null_pairs_are_nan<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<(String, f64)>, D::Error> {
+    let values = Vec::<(String, Option<f64>)>::deserialize(from)?;
+    Ok(values.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
 }
 
 /// A rank of a generation. A trainer says itself which it is: when it is told to join another, it may have said more that
@@ -289,5 +307,25 @@ mod tests {
         let line = serde_json::to_string(&event).unwrap();
         assert!(!line.contains('\n') && line.contains("\"event\":\"step\""));
         assert_eq!(serde_json::from_str::<TrainerEvent>(&line).unwrap(), event);
+    }
+
+    /// A class without a score, or a term that is no number, took the whole event with it.
+    #[test]
+    fn what_is_no_number_survives_the_line() {
+        let dice = vec![("LV".to_owned(), f64::NAN), ("RV".to_owned(), 0.5)];
+        let event = TrainerEvent::Validation {
+            step: Step(3),
+            dice,
+            mean_dice: f64::NAN,
+            pictures: Vec::new(),
+        };
+        let line = serde_json::to_string(&event).unwrap();
+        let TrainerEvent::Validation { dice, mean_dice, .. } = serde_json::from_str(&line).unwrap()
+        else {
+            panic!("{line}");
+        };
+        assert!(mean_dice.is_nan() && dice[0].1.is_nan() && dice[1].1 == 0.5);
+        let line = line.replace("validation", "step").replace("\"dice\"", "\"unread\"");
+        assert!(serde_json::from_str::<TrainerEvent>(&line).is_err(), "no terms");
     }
 }

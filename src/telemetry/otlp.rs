@@ -191,8 +191,15 @@ impl Otlp {
         let exporter = {
             let _entered = runtime.enter(); // tonic's channel wants a runtime when it is made
             build(settings)
-        }
-        .map_err(|source| OtlpError::Exporter { endpoint: settings.endpoint.clone(), source })?;
+        };
+        let exporter = match exporter {
+            Ok(exporter) => exporter,
+            Err(source) => {
+                runtime.shutdown_background(); // dropping it panics inside another
+                let endpoint = settings.endpoint.clone();
+                return Err(OtlpError::Exporter { endpoint, source });
+            }
+        };
         let health = Health::default();
         let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
         let provider = SdkTracerProvider::builder()
@@ -266,8 +273,15 @@ impl OtlpMetrics {
                     builder.with_endpoint(endpoint).with_timeout(timeout).build()
                 }
             }
-        }
-        .map_err(|source| OtlpError::Exporter { endpoint: settings.endpoint.clone(), source })?;
+        };
+        let exporter = match exporter {
+            Ok(exporter) => exporter,
+            Err(source) => {
+                runtime.shutdown_background(); // dropping it panics inside another
+                let endpoint = settings.endpoint.clone();
+                return Err(OtlpError::Exporter { endpoint, source });
+            }
+        };
         let health = Health::default();
         let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
         let provider = SdkMeterProvider::builder()

@@ -71,7 +71,7 @@ pub fn evaluate(options: &EvaluateOptions) -> Result<Evaluated, TrainerError> {
         unit: options.unit,
         policy: options.policy,
     };
-    let cases = score_volumes(&net, &dataset, options.split, &settings, |_| true, || Ok(()))?;
+    let cases = score_volumes(&net, &dataset, options.split, &settings, |_| true, |_, _| Ok(()))?;
     if cases.is_empty() {
         let why = format!("{data} has no labelled volume in the {:?} split", options.split);
         return Err(TrainerError::Report(why.to_lowercase()));

@@ -124,11 +124,12 @@ pub fn final_report(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError
     if let Some(tensorboard) = &mut t.tensorboard {
         tensorboard.finish(&t.runtime);
     }
-    let overlays = pictures::of_first(t)?;
-    let [best, worst] = match &t.summary {
-        Some(summary) => pictures::of_extremes(t, summary)?,
-        None => [Vec::new(), Vec::new()],
-    };
+    // The report is worth more than its pictures.
+    let lacks = |error: &TrainerError| tracing::warn!(%error, "the report lacks pictures");
+    let overlays = pictures::of_first(t).inspect_err(lacks).unwrap_or_default();
+    let extremes = t.summary.as_ref().map(|summary| pictures::of_extremes(t, summary));
+    let extremes = extremes.transpose().inspect_err(lacks).ok().flatten();
+    let [best, worst] = extremes.unwrap_or_default();
     let seen = seen_by_coordinator(t);
     let method = t.config.method.name();
     let config = toml::to_string(&t.config).map_err(|e| TrainerError::Report(e.to_string()))?;

@@ -6,7 +6,7 @@ use super::TrainerError;
 use super::orders::emit;
 use super::setup::Trainer;
 use super::validate::{ArgMax, settings, zoom};
-use crate::data::{Split, VolumeId};
+use crate::data::{Split, Volume, VolumeId};
 use crate::eval::report::ReportOverlay;
 use crate::eval::{Summary, overlay, segment_volume};
 use crate::page;
@@ -18,57 +18,92 @@ const KEPT: u64 = 20;
 /// Cases that the report shows of the best, and of the worst.
 const EXTREMES: usize = 2;
 
-/// The middle slice of a volume, as decoder 1 sees it now; none where it has no labels. Only that slice is segmented.
-fn middle(t: &Trainer, id: VolumeId) -> Result<Option<(Vec<u8>, String, usize)>, TrainerError> {
-    let fail = |e: &dyn std::fmt::Display| TrainerError::Report(e.to_string());
-    let volume = t.dataset.load_volume(id)?;
-    let Some(label) = &volume.labels else { return Ok(None) };
-    let [d, h, w] = volume.shape;
-    let slice = d / 2;
-    let values = slice * volume.channels * h * w;
-    let image = &volume.slices[values..values + volume.channels * h * w];
-    let net = &mut ArgMax(t.nets.main());
-    let prediction = segment_volume(net, &volume.name, image, [1, h, w], &settings(t), zoom())
-        .map_err(|e| fail(&e))?;
-    emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
-    let truth = &label[slice * h * w..(slice + 1) * h * w];
-    // Its first channel is what is seen.
-    let png = overlay::overlay_png(&image[..h * w], truth, &prediction, (h, w));
-    Ok(Some((png.map_err(|e| fail(&e))?, volume.name, slice)))
+/// The middle slice of a volume that was scored just now: kept, so that a picture asks no store for anything.
+#[derive(Debug)]
+pub struct Shot {
+    /// Its volume's place in the split.
+    place: usize,
+    slice: usize,
+    /// `[C, H, W]`.
+    image: Vec<f32>,
+    /// `[H, W]`.
+    truth: Vec<u8>,
+    size: (usize, usize),
 }
 
-/// Rank 0 leaves pictures of a validation in the run's folder; the result has them once more, as PNG. They are not worth a failure: what cannot be written is
-/// warned of.
-pub fn leave(t: &Trainer) -> Result<Vec<(Picture, Vec<u8>)>, TrainerError> {
-    let wanted = t.config.telemetry.pictures as usize;
+impl Shot {
+    /// None where the volume has no labels.
+    pub fn of(place: usize, volume: &Volume) -> Option<Self> {
+        let label = volume.labels.as_ref()?;
+        let [d, h, w] = volume.shape;
+        let slice = d / 2;
+        let (values, pixels) = (volume.channels * h * w, h * w);
+        Some(Self {
+            place,
+            slice,
+            image: volume.slices.get(slice * values..(slice + 1) * values)?.to_vec(),
+            truth: label.get(slice * pixels..(slice + 1) * pixels)?.to_vec(),
+            size: (h, w),
+        })
+    }
+
+    /// Truth beside what decoder 1 sees now, as PNG. Only that slice is segmented.
+    fn draw(&self, t: &Trainer) -> Result<Vec<u8>, TrainerError> {
+        let fail = |e: &dyn std::fmt::Display| TrainerError::Report(e.to_string());
+        let (h, w) = self.size;
+        let net = &mut ArgMax(t.nets.main());
+        let prediction = segment_volume(net, "", &self.image, [1, h, w], &settings(t), zoom())
+            .map_err(|e| fail(&e))?;
+        emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
+        // Its first channel is what is seen.
+        overlay::overlay_png(&self.image[..h * w], &self.truth, &prediction, self.size)
+            .map_err(|e| fail(&e))
+    }
+}
+
+/// Rank 0 leaves pictures of a validation in the run's folder; the result has them once more, as PNG. The others wait for it
+/// in the next collective: so it waits for no store, and what fails is warned of.
+pub fn leave(t: &mut Trainer, shots: Vec<Shot>) -> Vec<(Picture, Vec<u8>)> {
     let mut pictures = Vec::new();
-    if t.rank.0 != 0 {
-        return Ok(pictures);
-    }
-    for (number, id) in t.dataset.volumes(Split::Val).into_iter().take(wanted).enumerate() {
-        let Some((png, _, slice)) = middle(t, id)? else { continue };
+    for (number, shot) in shots.iter().enumerate() {
         let path = format!("{}/{}", page::PICTURES, page::picture_name(t.step.0, number));
-        if let Err(error) = t.runtime.block_on(t.run.put(&path, png.clone().into())) {
-            tracing::warn!(%error, "a picture is not written");
-            break;
+        let caption = format!("volume {}, slice {}", shot.place + 1, shot.slice);
+        match shot.draw(t) {
+            Ok(png) => pictures.push((Picture { path, caption }, png)),
+            Err(error) => tracing::warn!(%error, "a picture is not made"),
         }
-        let caption = format!("volume {}, slice {slice}", number + 1);
-        pictures.push((Picture { path, caption }, png));
     }
-    forget_old(t, wanted);
-    Ok(pictures)
+    if t.writing_pictures.as_ref().is_some_and(|writing| !writing.is_finished()) {
+        tracing::warn!("pictures are not written: the store is behind");
+        return Vec::new();
+    }
+    if !pictures.is_empty() {
+        let old = t.step.0.checked_sub(KEPT * t.config.validate.every);
+        let old = old.map(|step| (0..pictures.len()).map(move |n| page::picture_name(step, n)));
+        let (run, new) = (t.run.clone(), pictures.clone());
+        t.writing_pictures = Some(t.runtime.spawn(async move {
+            for (picture, png) in new {
+                if let Err(error) = run.put(&picture.path, png.into()).await {
+                    tracing::warn!(%error, "a picture is not written");
+                    return;
+                }
+            }
+            for name in old.into_iter().flatten() {
+                match run.delete(&format!("{}/{name}", page::PICTURES)).await {
+                    Ok(()) | Err(StoreError::NotFound { .. }) => {}
+                    Err(error) => return tracing::debug!(%error, "an old picture is not removed"),
+                }
+            }
+        }));
+    }
+    pictures
 }
 
-/// Removes the pictures of a validation long ago.
-fn forget_old(t: &Trainer, count: usize) {
-    let Some(old) = t.step.0.checked_sub(KEPT * t.config.validate.every) else { return };
-    for number in 0..count {
-        let path = format!("{}/{}", page::PICTURES, page::picture_name(old, number));
-        match t.runtime.block_on(t.run.delete(&path)) {
-            Ok(()) | Err(StoreError::NotFound { .. }) => {}
-            Err(error) => tracing::debug!(%error, "an old picture is not removed"),
-        }
-    }
+/// A volume's picture, and the name of its case.
+fn middle(t: &Trainer, id: VolumeId) -> Result<Option<(Vec<u8>, String, usize)>, TrainerError> {
+    let volume = t.dataset.load_volume(id)?;
+    let Some(shot) = Shot::of(0, &volume) else { return Ok(None) };
+    Ok(Some((shot.draw(t)?, volume.name, shot.slice)))
 }
 
 /// The report's: of the first validation volumes.

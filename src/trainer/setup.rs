@@ -70,6 +70,7 @@ pub struct Trainer {
     pub(super) summary: Option<Summary>,
     /// Of the last validation, as PNG: rank 0's.
     pub(super) pictures: Vec<Vec<u8>>,
+    pub(super) writing_pictures: Option<tokio::task::JoinHandle<()>>,
     pub(super) tensorboard: Option<TensorBoard>,
     pub(super) loader: Option<Loader>,
     pub(super) ranks: Arc<Ranks>,
@@ -129,6 +130,7 @@ impl Trainer {
             validation_due: false,
             summary: None,
             pictures: Vec::new(),
+            writing_pictures: None,
             tensorboard: None,
             loader: None,
             ranks: Arc::default(),

@@ -4,32 +4,45 @@
 //! Every rank has the history, and where files end follows from the step alone: so whoever is rank 0 next goes on without a
 //! gap. What a resumed run does again is purged by readers.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use super::TrainerError;
 use super::setup::Trainer;
 use crate::config::RunConfig;
 use crate::eval::report::{StepRecord, ValidationRecord};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::telemetry::tensorboard::{Events, file_name, verbatim};
 
 /// The folder.
 const FOLDER: &str = "tensorboard";
 
+/// Files that may wait for the store.
+const WAITING_MAX: usize = 4;
+/// Longest that the end of a run waits for them.
+const END_MAX: Duration = Duration::from_secs(10);
+
 /// This process's part in it.
 #[derive(Debug)]
 pub struct TensorBoard {
-    /// In the files' names: when the first of the run was begun.
-    began_unix_s: u64,
-    /// The next file.
-    part: u64,
+    /// The next file's name, once it is known what is there. Whoever holds it writes: in turn.
+    next: Arc<Mutex<Option<Next>>>,
     /// Whether this process has written one.
     begun: bool,
     /// When the file before was written.
     last: SystemTime,
     writing: Option<JoinHandle<()>>,
+}
+
+/// What the next file is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Next {
+    /// When the first of the run was begun.
+    began_unix_s: u64,
+    part: u64,
 }
 
 /// Whether a file ends with this step.
@@ -46,58 +59,65 @@ fn file_before(config: &RunConfig, step: u64) -> u64 {
 }
 
 impl TensorBoard {
-    /// Goes on after the files that are there.
-    async fn begin(run: &Store) -> Result<Self, crate::store::StoreError> {
-        let place = |path: &str| {
-            let name = path.rsplit('/').next()?.strip_prefix("events.out.tfevents.")?;
-            let (time, part) = name.split_once(".cpcr.")?;
-            Some((time.parse::<u64>().ok()?, part.parse::<u64>().ok()?))
-        };
-        let objects = run.list(FOLDER).await?;
-        let newest = objects.iter().filter_map(|object| place(&object.path)).max();
-        let now = SystemTime::now();
-        let unix_s = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-        let (began_unix_s, part) = newest.map_or((unix_s, 0), |(time, part)| (time, part + 1));
-        Ok(Self { began_unix_s, part, begun: false, last: now, writing: None })
+    fn new() -> Self {
+        Self { next: Arc::default(), begun: false, last: SystemTime::now(), writing: None }
     }
 
-    /// Waits for the file that is being written.
+    /// Waits for the files that are being written, not for long.
     pub fn finish(&mut self, runtime: &tokio::runtime::Runtime) {
         if let Some(writing) = self.writing.take()
-            && let Err(error) = runtime.block_on(writing)
+            && runtime.block_on(async { tokio::time::timeout(END_MAX, writing).await }).is_err()
         {
-            tracing::warn!(%error, "a file for TensorBoard is not written");
+            tracing::warn!("the last file for TensorBoard is not written: the store is slow");
         }
     }
 }
 
-/// Writes the file that ends with the step done last, if one does. Not worth a failure: what cannot be written is warned of.
+/// What the next file after those that are there is called.
+async fn after(run: &Store) -> Result<Next, StoreError> {
+    let place = |path: &str| {
+        let name = path.rsplit('/').next()?.strip_prefix("events.out.tfevents.")?;
+        let (time, part) = name.split_once(".cpcr.")?;
+        Some((time.parse::<u64>().ok()?, part.parse::<u64>().ok()?))
+    };
+    let objects = run.list(FOLDER).await?;
+    let newest = objects.iter().filter_map(|object| place(&object.path)).max();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let (began_unix_s, part) = newest.map_or((now.as_secs(), 0), |(time, part)| (time, part + 1));
+    Ok(Next { began_unix_s, part })
+}
+
+async fn put(run: &Store, next: &Mutex<Option<Next>>, bytes: Vec<u8>) -> Result<(), StoreError> {
+    let mut next = next.lock().await;
+    let Next { began_unix_s, part } = match *next {
+        Some(next) => next,
+        None => after(run).await?,
+    };
+    *next = Some(Next { began_unix_s, part: part + 1 });
+    run.put(&format!("{FOLDER}/{}", file_name(began_unix_s, part)), bytes.into()).await
+}
+
+/// Writes the file that ends with the step done last, if one does: beside training, which waits for no store here. Not worth a
+/// failure: what cannot be written is warned of.
 pub fn write(t: &mut Trainer) -> Result<(), TrainerError> {
     let pictures = std::mem::take(&mut t.pictures);
     if t.rank.0 != 0 || !t.config.telemetry.tensorboard || !ends_at(&t.config, t.step.0) {
         return Ok(());
     }
-    let mut board = match t.tensorboard.take() {
-        Some(board) => board,
-        None => match t.runtime.block_on(TensorBoard::begin(&t.run)) {
-            Ok(board) => board,
-            Err(error) => {
-                tracing::warn!(%error, "nothing is written for TensorBoard");
-                return Ok(());
-            }
-        },
-    };
-    board.finish(&t.runtime);
+    let mut board = t.tensorboard.take().unwrap_or_else(TensorBoard::new);
+    if Arc::strong_count(&board.next) > WAITING_MAX {
+        tracing::warn!("a file for TensorBoard is left out: the store is behind");
+        t.tensorboard = Some(board);
+        return Ok(());
+    }
     let config = toml::to_string(&t.config).map_err(|e| TrainerError::Report(e.to_string()))?;
     let bytes = encode(t, &board, &config, &pictures).into_bytes();
-    let path = format!("{FOLDER}/{}", file_name(board.began_unix_s, board.part));
-    let run = t.run.clone();
+    let (run, next) = (t.run.clone(), Arc::clone(&board.next));
     board.writing = Some(t.runtime.spawn(async move {
-        if let Err(error) = run.put(&path, bytes.into()).await {
+        if let Err(error) = put(&run, &next, bytes).await {
             tracing::warn!(%error, "a file for TensorBoard is not written");
         }
     }));
-    board.part += 1;
     board.begun = true;
     board.last = SystemTime::now();
     t.tensorboard = Some(board);
@@ -182,13 +202,15 @@ mod tests {
     #[tokio::test]
     async fn another_process_counts_on_under_the_runs_first_time() {
         let run = Store::open("memory:///", &StoreOptions::default()).unwrap();
-        let first = TensorBoard::begin(&run).await.unwrap();
-        assert_eq!(first.part, 0);
+        assert_eq!(after(&run).await.unwrap().part, 0);
         for part in [0, 1, 11] {
             let path = format!("{FOLDER}/{}", file_name(1_700_000_000, part));
             run.put(&path, b"x".as_slice().into()).await.unwrap();
         }
-        let next = TensorBoard::begin(&run).await.unwrap();
-        assert_eq!((next.began_unix_s, next.part), (1_700_000_000, 12));
+        let next = Mutex::default();
+        put(&run, &next, b"y".to_vec()).await.unwrap();
+        put(&run, &next, b"z".to_vec()).await.unwrap();
+        let path = format!("{FOLDER}/{}", file_name(1_700_000_000, 13));
+        assert_eq!(&*run.get(&path).await.unwrap(), b"z");
     }
 }

@@ -1,12 +1,14 @@
 //! Validation during training: volumes spread over the ranks, scored by `eval`'s own code.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use tch::Tensor;
 
+use super::TrainerError;
 use super::orders::{Orders, emit};
+use super::pictures::{self, Shot};
 use super::setup::Trainer;
-use super::{TrainerError, pictures};
 use crate::data::{Dataset, Split, Volume as DataVolume, augment};
 use crate::eval::report::{Record, ValidationRecord};
 use crate::eval::{
@@ -70,23 +72,23 @@ pub fn class_names(t: &Trainer) -> Vec<String> {
 }
 
 /// Scores the labelled volumes of a split whose place in it is `wanted`; `scored` is called after
-/// each, and may end it.
+/// each with that place, and may end it.
 pub(super) fn score_volumes(
     net: &Network,
     dataset: &Dataset,
     split: Split,
     settings: &EvalSettings,
     wanted: impl Fn(usize) -> bool,
-    scored: impl Fn() -> Result<(), TrainerError>,
+    scored: impl Fn(usize, &DataVolume) -> Result<(), TrainerError>,
 ) -> Result<Vec<CaseScores>, TrainerError> {
     let mut cases = Vec::new();
-    for (_, id) in dataset.volumes(split).into_iter().enumerate().filter(|(i, _)| wanted(*i)) {
+    for (place, id) in dataset.volumes(split).into_iter().enumerate().filter(|(i, _)| wanted(*i)) {
         let volume = dataset.load_volume(id)?;
         let Some(label) = &volume.labels else { continue };
         let scores = evaluate_volume(&mut ArgMax(net), seen(&volume, label), settings, zoom())
             .map_err(|e| TrainerError::Report(e.to_string()))?;
         cases.push(scores);
-        scored()?;
+        scored(place, &volume)?;
     }
     Ok(cases)
 }
@@ -100,13 +102,17 @@ pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
         t.ranks.copy_from_first(buffer)?;
     }
     let settings = settings(t);
+    let shots = RefCell::new(Vec::new());
     let mine = score_volumes(
         t.nets.main(),
         &t.dataset,
         Split::Val,
         &settings,
         |i| i % t.world.0 as usize == t.rank.0 as usize,
-        || {
+        |place, volume| {
+            if t.rank.0 == 0 && shots.borrow().len() < t.config.telemetry.pictures as usize {
+                shots.borrow_mut().extend(Shot::of(place, volume));
+            }
             emit(&TrainerEvent::Busy { step: t.step, doing: Doing::Validating });
             Ok(orders.still_in()?)
         },
@@ -117,7 +123,7 @@ pub fn validate(t: &mut Trainer, orders: &Orders) -> Result<(), TrainerError> {
         parts.push(serde_json::from_slice(&part).map_err(|e| TrainerError::Report(e.to_string()))?);
     }
     let names = class_names(t);
-    let (pictures, bytes) = pictures::leave(t)?.into_iter().unzip();
+    let (pictures, bytes) = pictures::leave(t, shots.into_inner()).into_iter().unzip();
     t.pictures = bytes;
     let summary =
         Summary::of(parts, &names, &settings).map_err(|e| TrainerError::Report(e.to_string()))?;

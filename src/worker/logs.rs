@@ -85,6 +85,9 @@ impl Tail {
         };
         let length = file.metadata().await?.len();
         let mut bytes = Vec::new();
+        if length < self.read {
+            self.read = 0; // another file took its place
+        }
         let new = length.saturating_sub(self.read);
         if new > BYTES_MAX {
             let left_out = new - BYTES_MAX;

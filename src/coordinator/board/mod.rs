@@ -117,6 +117,9 @@ impl Board {
 
     /// What a trainer said. Returns what is worth a line for the user.
     pub fn heard(&mut self, now: f64, node: NodeId, event: &TrainerEvent) -> Vec<String> {
+        if !is_modest(event) {
+            return Vec::new();
+        }
         match event {
             TrainerEvent::Step { step, total, .. } => {
                 self.series.step(event);
@@ -449,6 +452,29 @@ impl Board {
     #[must_use]
     pub fn best(&self) -> Option<Mark> {
         self.series.best()
+    }
+}
+
+/// Names, or entries, of one event that are taken.
+const ENTRIES_MAX: usize = 64;
+/// Bytes of a text or a name.
+const TEXT_MAX: usize = 2000;
+
+/// Whether an event is of a size that trainers send: what the board keeps of one that is not has no bound.
+fn is_modest(event: &TrainerEvent) -> bool {
+    fn few<'a>(mut names: impl ExactSizeIterator<Item = &'a String>) -> bool {
+        names.len() <= ENTRIES_MAX && names.all(|name| name.len() <= TEXT_MAX)
+    }
+    match event {
+        TrainerEvent::Step { terms, .. } => few(terms.keys()),
+        TrainerEvent::Validation { dice, pictures, .. } => {
+            few(dice.iter().map(|(name, _)| name))
+                && few(pictures.iter().map(|picture| &picture.path))
+                && few(pictures.iter().map(|picture| &picture.caption))
+        }
+        TrainerEvent::Vitals(vitals) => few(vitals.phases_s.keys()) && few(vitals.faults.keys()),
+        TrainerEvent::Warning { text } => text.len() <= TEXT_MAX,
+        _ => true,
     }
 }
 

@@ -358,3 +358,31 @@ fn a_coordinator_takes_up_what_the_one_before_wrote_down() {
     assert_eq!((end.state.phase.as_str(), end.state.status), ("finished", Some(0)));
     assert_eq!(end.workers[0].state, "gone");
 }
+
+#[test]
+fn what_no_trainer_sends_is_not_kept() {
+    let mut board = board();
+    let TrainerEvent::Step { step, total, images_per_s, data_wait, .. } = step(1, 1.0) else {
+        unreachable!()
+    };
+    let terms = (0..1000).map(|n| (format!("term {n}"), 1.0)).collect();
+    let (lr, consistency, receipt) = (0.0, 0.0, None);
+    board.heard(
+        1.0,
+        NodeId(0),
+        &TrainerEvent::Step {
+            step,
+            total,
+            terms,
+            images_per_s,
+            data_wait,
+            lr,
+            consistency,
+            receipt,
+        },
+    );
+    assert!(
+        board.heard(1.0, NodeId(0), &TrainerEvent::Warning { text: "x".repeat(5000) }).is_empty()
+    );
+    assert!(board.document(1.0).curves.steps.is_empty());
+}

@@ -16,7 +16,9 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Meter, MeterProvider};
 use opentelemetry::trace::TracerProvider;
-use opentelemetry_otlp::{MetricExporter, Protocol, SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{
+    ExporterBuildError, MetricExporter, Protocol, SpanExporter, WithExportConfig,
+};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::{OTelSdkError, OTelSdkResult};
 use opentelemetry_sdk::metrics::data::ResourceMetrics;
@@ -57,7 +59,7 @@ pub enum OtlpError {
         /// Where it should have sent to.
         endpoint: String,
         /// Why.
-        source: opentelemetry_otlp::ExporterBuildError,
+        source: ExporterBuildError,
     },
     /// No threads for exporting.
     #[error("start the threads that export traces: {0}")]
@@ -187,21 +189,7 @@ impl Otlp {
     /// # Errors
     /// When the settings are unusable or threads cannot be started.
     pub fn start(process: &Process, settings: &OtlpSettings) -> Result<Self, OtlpError> {
-        let runtime = export_runtime()?;
-        let exporter = {
-            let _entered = runtime.enter(); // tonic's channel wants a runtime when it is made
-            build(settings)
-        };
-        let exporter = match exporter {
-            Ok(exporter) => exporter,
-            Err(source) => {
-                runtime.shutdown_background(); // dropping it panics inside another
-                let endpoint = settings.endpoint.clone();
-                return Err(OtlpError::Exporter { endpoint, source });
-            }
-        };
-        let health = Health::default();
-        let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
+        let (exporter, health, runtime) = on_runtime(settings, spans)?;
         let provider = SdkTracerProvider::builder()
             .with_span_processor(BatchSpanProcessor::builder(exporter).build())
             .with_resource(resource(process))
@@ -259,31 +247,7 @@ impl OtlpMetrics {
     /// # Errors
     /// When the settings are unusable or threads cannot be started.
     pub fn start(process: &Process, settings: &OtlpSettings) -> Result<Self, OtlpError> {
-        let runtime = export_runtime()?;
-        let exporter = {
-            let _entered = runtime.enter();
-            let builder = MetricExporter::builder();
-            let (endpoint, timeout) = (&settings.endpoint, settings.timeout);
-            match settings.protocol {
-                Protocol::Grpc => {
-                    builder.with_tonic().with_endpoint(endpoint).with_timeout(timeout).build()
-                }
-                protocol => {
-                    let builder = builder.with_http().with_protocol(protocol);
-                    builder.with_endpoint(endpoint).with_timeout(timeout).build()
-                }
-            }
-        };
-        let exporter = match exporter {
-            Ok(exporter) => exporter,
-            Err(source) => {
-                runtime.shutdown_background(); // dropping it panics inside another
-                let endpoint = settings.endpoint.clone();
-                return Err(OtlpError::Exporter { endpoint, source });
-            }
-        };
-        let health = Health::default();
-        let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
+        let (exporter, health, runtime) = on_runtime(settings, metrics)?;
         let provider = SdkMeterProvider::builder()
             .with_reader(PeriodicReader::builder(exporter).build())
             .with_resource(resource(process))
@@ -315,17 +279,49 @@ impl Drop for OtlpMetrics {
     }
 }
 
-/// Threads of its own: not those that a coordinator or a trainer works with.
-fn export_runtime() -> Result<Runtime, OtlpError> {
-    tokio::runtime::Builder::new_multi_thread()
+/// An exporter on threads of its own: not those that a coordinator or a trainer works with.
+fn on_runtime<E>(
+    settings: &OtlpSettings,
+    build: impl FnOnce(&OtlpSettings) -> Result<E, ExporterBuildError>,
+) -> Result<(OnRuntime<E>, Health, Runtime), OtlpError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("otlp-export")
         .enable_all()
         .build()
-        .map_err(OtlpError::Runtime)
+        .map_err(OtlpError::Runtime)?;
+    let built = {
+        let _entered = runtime.enter(); // tonic's channel wants a runtime when it is made
+        build(settings)
+    };
+    match built {
+        Ok(exporter) => {
+            let health = Health::default();
+            let exporter = OnRuntime::new(exporter, &runtime, settings.timeout, &health);
+            Ok((exporter, health, runtime))
+        }
+        Err(source) => {
+            runtime.shutdown_background(); // dropping it panics inside another
+            Err(OtlpError::Exporter { endpoint: settings.endpoint.clone(), source })
+        }
+    }
 }
 
-fn build(settings: &OtlpSettings) -> Result<SpanExporter, opentelemetry_otlp::ExporterBuildError> {
+fn metrics(settings: &OtlpSettings) -> Result<MetricExporter, ExporterBuildError> {
+    let builder = MetricExporter::builder();
+    let (endpoint, timeout) = (&settings.endpoint, settings.timeout);
+    match settings.protocol {
+        Protocol::Grpc => {
+            builder.with_tonic().with_endpoint(endpoint).with_timeout(timeout).build()
+        }
+        protocol => {
+            let builder = builder.with_http().with_protocol(protocol);
+            builder.with_endpoint(endpoint).with_timeout(timeout).build()
+        }
+    }
+}
+
+fn spans(settings: &OtlpSettings) -> Result<SpanExporter, ExporterBuildError> {
     match settings.protocol {
         Protocol::Grpc => SpanExporter::builder()
             .with_tonic()

@@ -20,7 +20,6 @@ pub fn stepped(t: &Trainer, shared: &Shared, trace: &StepTrace, took_s: f64) {
     let stats = t.loader.as_ref().map(Loader::stats).unwrap_or_default();
     let faults = t.dataset.read_faults();
     let cache = t.dataset.cache_counts().unwrap_or_default();
-    let gpu_memory = t.device.is_cuda().then(cuda::memory_used).flatten();
     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
     let vitals = shared.get_or_insert_default();
     vitals.step = t.step;
@@ -41,12 +40,20 @@ pub fn stepped(t: &Trainer, shared: &Shared, trace: &StepTrace, took_s: f64) {
         vitals.faults = seen.map(|kind| (kind.name().to_owned(), faults.of(kind))).collect();
     }
     (vitals.cache_hits, vitals.cache_misses) = (cache.hits, cache.misses);
-    vitals.gpu_memory = gpu_memory;
+    // The driver is asked once for each time that it is said, not in every step.
+    if vitals.gpu_memory.is_none() && t.device.is_cuda() {
+        vitals.gpu_memory = cuda::memory_used();
+    }
 }
 
 /// What is to be said now: the loop's newest, with what the kernel says of this process.
 pub fn taken(shared: &Shared) -> Option<Vitals> {
-    let newest = shared.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+    let newest = {
+        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let newest = shared.clone()?;
+        shared.as_mut()?.gpu_memory = None;
+        newest
+    };
     let (memory, page_faults) = of_this_process();
     Some(Vitals { memory, page_faults, ..newest })
 }

@@ -1,5 +1,6 @@
 //! The one error of this module, its variants named by what the caller can do about them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use super::sampler::DealError;
@@ -110,5 +111,27 @@ impl DataError {
             SourceError::NotFound => Self::NotFound { object },
             source => Self::Read { object, source },
         }
+    }
+}
+
+/// What `read` finds. Libraries that panic over bytes that no writer makes have found damage, which `damaged` words.
+pub(crate) fn caught<T, E>(
+    damaged: impl FnOnce(&str) -> E,
+    read: impl FnOnce() -> Result<T, E>,
+) -> Result<T, E> {
+    catch_unwind(AssertUnwindSafe(read))
+        .unwrap_or_else(|_| Err(damaged("its structure is damaged")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_a_library_is_damage() {
+        let of_a_library = |bytes: &[u8]| Ok::<u8, String>(bytes[7]);
+        let read = |bytes: &[u8]| caught(str::to_owned, || of_a_library(bytes));
+        assert_eq!(read(&[3; 8]), Ok(3));
+        assert_eq!(read(&[3; 7]), Err("its structure is damaged".to_owned()));
     }
 }

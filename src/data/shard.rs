@@ -31,7 +31,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::augment::Shape;
-use super::error::DataError;
+use super::error::{DataError, caught};
 use super::manifest::{CHANNELS_MAX, GroupEntry, ShardIndex, format_for};
 use super::palette::{self, Palette};
 use super::thrift;
@@ -290,6 +290,11 @@ pub struct ShardFooter {
 impl ShardFooter {
     /// Parses the (verified) bytes of the footer that `index` describes.
     pub fn parse(index: &ShardIndex, footer: Bytes) -> Result<Self, DataError> {
+        let damaged = |why: &str| DataError::invalid(&index.object, why);
+        caught(damaged, || Self::parse_uncaught(index, footer))
+    }
+
+    fn parse_uncaught(index: &ShardIndex, footer: Bytes) -> Result<Self, DataError> {
         let shard_bytes = index.footer_offset + footer.len() as u64;
         let metadata =
             metadata_of(&footer).map_err(|error| DataError::invalid(&index.object, error))?;
@@ -315,6 +320,17 @@ impl ShardFooter {
 
     /// Decodes row group `number`, which `entry` describes, from its (verified) bytes.
     pub fn decode(
+        &self,
+        number: usize,
+        entry: &GroupEntry,
+        bytes: Bytes,
+        labels: Labels,
+    ) -> Result<Vec<SliceRow>, DataError> {
+        let damaged = |why: &str| DataError::invalid(&self.object, why);
+        caught(damaged, || self.decode_uncaught(number, entry, bytes, labels))
+    }
+
+    fn decode_uncaught(
         &self,
         number: usize,
         entry: &GroupEntry,

@@ -133,3 +133,19 @@ fn a_page_header_that_would_take_hours_is_refused() {
     let error = footer.decode(0, group, lists.into(), Labels::Decode).unwrap_err().to_string();
     assert!(error.contains("a page header that no shard has"), "{error}");
 }
+
+/// Found by fuzzing: the Parquet reader panics where values are numbers of a dictionary that was not given.
+#[test]
+fn values_of_a_dictionary_are_refused() {
+    let shard = encode("shards/x.parquet", &rows(4, 1), 4, 1).unwrap();
+    let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
+    let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+    let group = &shard.index.groups[0];
+    let mut bytes = shard.bytes[group.offset as usize..][..group.digest.bytes as usize].to_vec();
+    // A data page's header: four values, plain, levels as runs.
+    let plain = [0x2c, 0x15, 8, 0x15, 0, 0x15, 6, 0x15, 6, 0];
+    let at = bytes.windows(plain.len()).position(|window| window == plain).unwrap();
+    bytes[at + 4] = 16;
+    let error = footer.decode(0, group, bytes.into(), Labels::Decode).unwrap_err().to_string();
+    assert!(error.contains("a page header that no shard has"), "{error}");
+}

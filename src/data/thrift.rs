@@ -19,14 +19,21 @@ mod kind {
 /// The Parquet format nests half as deep.
 const DEPTH_MAX: u8 = 16;
 
-/// A page's header as shards have it, and no other: type, sizes and checksum, then the data page's own four numbers.
+/// Encodings, as the compact protocol has them (twice the format's numbers): of values, and of levels.
+const PLAIN: u64 = 0;
+const RLE: u64 = 2 * 3;
+
+/// A page's header as shards have it, and no other: type, sizes and checksum, then the data page's own four numbers. Its
+/// values are plain: the reader panics over those that want a dictionary where there was none.
 pub(super) fn check_page_header(bytes: &[u8]) -> Result<(), String> {
     let mut walk = Walk { bytes };
     let why = "a page header that no shard has";
     walk.fields(|walk, id, found| match (id, found) {
         (1..=4, kind::I32) => walk.varint(),
         (5, kind::STRUCT) => walk.fields(|walk, id, found| match (id, found) {
-            (1..=4, kind::I32) => walk.varint(),
+            (1, kind::I32) => walk.varint(),
+            (2, kind::I32) => walk.one(PLAIN),
+            (3 | 4, kind::I32) => walk.one(RLE),
             _ => None,
         }),
         _ => None,
@@ -70,6 +77,11 @@ impl Walk<'_> {
 
     fn varint(&mut self) -> Option<()> {
         self.number().map(drop)
+    }
+
+    /// This number and no other.
+    fn one(&mut self, wanted: u64) -> Option<()> {
+        (self.number()? == wanted).then_some(())
     }
 
     /// The fields of a struct, each told with its id and type, to its end.
@@ -137,6 +149,16 @@ mod tests {
         assert_eq!(check_page_header(&header), Ok(()));
         for cut in 0..=HEADER.len() {
             assert!(check_page_header(&HEADER[..cut]).is_err(), "{cut} bytes of it");
+        }
+    }
+
+    #[test]
+    fn values_are_plain() {
+        // With a dictionary, by either name; and levels that are no runs.
+        for (at, encoding) in [(10, 4), (10, 16), (12, 0), (14, 8)] {
+            let mut header = HEADER;
+            header[at] = encoding;
+            assert!(check_page_header(&header).is_err(), "{encoding} at {at}");
         }
     }
 

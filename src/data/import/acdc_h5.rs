@@ -7,14 +7,13 @@
 //! Files come from outside and may be damaged: sizes are checked before memory is taken, and
 //! whatever the parser does with them ends as an error that names the file.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hdf5_reader::{Hdf5File, OpenOptions};
 
 use super::read_small;
-use crate::data::error::DataError;
+use crate::data::error::{DataError, caught};
 use crate::data::manifest::{Manifest, Split};
 use crate::data::source::ObjectWriter;
 use crate::data::write::{self, NewSlice, NewVolume, Plan, PlannedCase, Work, WriteOptions};
@@ -232,10 +231,8 @@ fn read_file(path: &Path) -> Result<Arrays, DataError> {
     parse_caught(read_small(path, FILE_BYTES_MAX)?).map_err(|why| bad(path, why))
 }
 
-/// A parser that panics over damaged bytes is an error, too.
 fn parse_caught(bytes: Vec<u8>) -> Result<Arrays, String> {
-    catch_unwind(AssertUnwindSafe(|| parse(bytes)))
-        .unwrap_or_else(|_| Err("its structure is damaged".to_owned()))
+    caught(str::to_owned, || parse(bytes))
 }
 
 /// Whether the bytes are a file that is imported: for fuzzing.

@@ -1,6 +1,8 @@
 //! The importer on tiny made-up files (`tests/data/acdc_tiny`), on damaged ones, and on the real
 //! data where `CPCR_ACDC_DIR` (and `CPCR_ACDC_LISTS`) say where it lies.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use super::*;
 use crate::data::dataset::Dataset;
 use crate::data::report::verify;

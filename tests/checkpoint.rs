@@ -13,7 +13,7 @@ use cpcr::checkpoint::{
     WriterOptions, latest, list_rows, load, load_latest, manifest_path, read_manifest, retain,
     step_folder, verify, verify_rows, write,
 };
-use cpcr::store::{Fault, FaultyStore, Store, StoreOptions};
+use cpcr::store::{Fault, FaultyStore, S3ServerOptions, Store, StoreOptions, serve};
 use cpcr::types::{ObjectDigest, Step, WorldSize};
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
@@ -272,4 +272,43 @@ fn the_writer_serves_a_plain_thread() {
     writer.submit((Step(6), Instant::now()), move || Ok(snapshot(6))).unwrap();
     drop(writer);
     assert_eq!(runtime.block_on(latest_step(&run)), Some(6), "dropping lets the last one finish");
+}
+
+/// A process that was killed in the midst of a large object leaves pieces that no listing shows.
+#[tokio::test]
+async fn an_upload_that_was_cut_off_is_ended_when_a_later_checkpoint_is_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = serve(S3ServerOptions::on_loopback(folder.path(), "key", "secret-of-the-key"));
+    let server = server.await.unwrap();
+    let options = StoreOptions::default()
+        .with("aws_endpoint", server.endpoint())
+        .with("aws_access_key_id", "key")
+        .with("aws_secret_access_key", "secret-of-the-key")
+        .with("aws_region", "us-east-1");
+    std::fs::create_dir(folder.path().join("bucket")).unwrap();
+    let run = Store::open("s3://bucket/run", &options).unwrap();
+    let path = format!("{}/one/{MODEL_FILE}", step_folder(Step(5)));
+    let note = format!("{path}.upload");
+    run.probe().await.unwrap();
+    let bytes: Bytes = vec![7; 30 << 20].into();
+    let mut cut_off = Box::pin(run.put_noted(&path, bytes));
+    while pieces_in(folder.path()) == 0 {
+        assert!(futures::poll!(&mut cut_off).is_pending(), "it was to be cut off");
+        // What it sends arrives meanwhile.
+        run.exists(&note).await.unwrap();
+    }
+    drop(cut_off);
+    assert!(run.exists(&note).await.unwrap(), "the note was there before the first piece");
+    assert!(!run.exists(&path).await.unwrap());
+    written(&run, 7).await;
+    retain(&run, keeping(2), &[]).await.unwrap();
+    assert!(!run.exists(&note).await.unwrap());
+    assert_eq!(pieces_in(folder.path()), 0);
+    assert_whole(&run).await;
+}
+
+/// Files of unfinished uploads in the folder of an S3 server.
+fn pieces_in(folder: &std::path::Path) -> usize {
+    let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().starts_with(".upload_id-")).count()
 }

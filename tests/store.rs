@@ -100,6 +100,9 @@ async fn conforms(root: Store) {
         store.get_range("large", at.clone()).await.unwrap(),
         large.slice(at.start as usize..at.end as usize)
     );
+    store.put_noted("large", large.slice(1..)).await.unwrap();
+    assert!(store.get("large").await.unwrap() == large.slice(1..));
+    assert!(!store.exists("large.upload").await.unwrap(), "it is no more on its way");
     assert_eq!(store.delete_prefix("c").await.unwrap(), 1);
     store.delete("a").await.unwrap();
     assert_eq!(names(store.list("").await.unwrap()).len(), 4);

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use super::error::CheckpointError;
 use super::manifest::{Manifest, manifest_path, parse_step, step_folder};
 use super::reader::{latest, read_manifest, steps_down};
-use crate::store::Store;
+use crate::store::{Store, is_upload_note};
 use crate::types::Step;
 
 /// How many checkpoints stay.
@@ -113,7 +113,10 @@ async fn clear_orphans(run: &Store, newest: &Manifest) -> Result<(), CheckpointE
         };
         if orphan {
             tracing::debug!(path = %object.path, "removing what an unfinished attempt left");
-            run.delete(&object.path).await?;
+            match is_upload_note(&object.path) {
+                true => run.clear_upload(&object.path).await?,
+                false => run.delete(&object.path).await?,
+            }
         }
     }
     Ok(())

@@ -111,7 +111,7 @@ pub async fn write(
     let folder = manifest.attempt_folder();
     let uploads = files.into_iter().map(|(name, bytes)| {
         let path = format!("{folder}/{name}");
-        async move { run.put(&path, bytes).await }
+        async move { run.put_noted(&path, bytes).await }
     });
     futures::future::try_join_all(uploads).await?;
     let path = manifest_path(step);

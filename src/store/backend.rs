@@ -10,6 +10,7 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{
     BackoffConfig, Certificate, ClientConfigKey, ClientOptions, ObjectStore, RetryConfig,
@@ -22,15 +23,29 @@ use super::http_note::NotingConnector;
 use super::options::{MissingFolder, StoreOptions};
 use crate::trust::Trust;
 
-/// An engine, where in it the store begins, and what an unreachable one should hint at.
+/// Engines, and where in them the store begins.
 pub(super) struct Backend {
+    pub engines: Engines,
+    pub prefix: Path,
+    pub url: String,
+}
+
+/// The same place, for different kinds of requests.
+pub(super) struct Engines {
     pub engine: Arc<dyn ObjectStore>,
     /// For reads over a network: no retries of its own, no limit on the whole, notes on every answer.
     pub reads: Option<Arc<dyn ObjectStore>>,
-    pub prefix: Path,
-    pub url: String,
-    /// `None` for stores that need no network.
+    /// For writes in pieces, over a network.
+    pub uploads: Option<Arc<dyn MultipartStore>>,
+    /// What an unreachable one should hint at; `None` for stores that need no network.
     pub network: Option<NetworkHint>,
+}
+
+impl Engines {
+    /// Of an engine that needs no network.
+    pub(super) fn local(engine: Arc<dyn ObjectStore>) -> Self {
+        Self { engine, reads: None, uploads: None, network: None }
+    }
 }
 
 /// What to say when a network store does not answer.
@@ -60,8 +75,8 @@ pub(super) fn open(url: &str, options: &StoreOptions) -> Result<Backend, StoreEr
     if scheme != "memory" && bucket.is_empty() {
         return Err(bad(format!("it names no bucket: {scheme}://BUCKET/PREFIX")));
     }
-    let opened = match scheme {
-        "memory" => Opened { engine: Arc::new(InMemory::new()), reads: None, network: None },
+    let engines = match scheme {
+        "memory" => Engines::local(Arc::new(InMemory::new())),
         "s3" | "s3a" => open_s3(url, bucket, options)?,
         "gs" => open_gcs(url, options)?,
         "az" | "azure" | "abfs" | "abfss" => open_azure(url, options)?,
@@ -71,8 +86,7 @@ pub(super) fn open(url: &str, options: &StoreOptions) -> Result<Backend, StoreEr
         }
     };
     let url = url.trim_end_matches('/').to_owned();
-    let Opened { engine, reads, network } = opened;
-    Ok(Backend { engine, reads, prefix, url, network })
+    Ok(Backend { engines, prefix, url })
 }
 
 fn open_folder(url: &str, folder: &FsPath, options: &StoreOptions) -> Result<Backend, StoreError> {
@@ -98,17 +112,11 @@ fn open_folder(url: &str, folder: &FsPath, options: &StoreOptions) -> Result<Bac
         Ok(url) => url.as_str().trim_end_matches('/').to_owned(),
         Err(()) => url.to_owned(),
     };
-    let engine = Arc::new(engine);
-    Ok(Backend { engine, reads: None, prefix: Path::default(), url, network: None })
+    let engines = Engines::local(Arc::new(engine));
+    Ok(Backend { engines, prefix: Path::default(), url })
 }
 
-struct Opened {
-    engine: Arc<dyn ObjectStore>,
-    reads: Option<Arc<dyn ObjectStore>>,
-    network: Option<NetworkHint>,
-}
-
-/// The two engines of a cloud's builder: see [`Backend::reads`]. A macro, because the builders
+/// The two engines of a cloud's builder: see [`Engines::reads`]. A macro, because the builders
 /// have the same methods and no trait for them.
 macro_rules! engines {
     ($url:expr, $builder:expr, $client:expr, $options:expr, $hint:expr) => {{
@@ -120,15 +128,17 @@ macro_rules! engines {
             .with_retry(RetryConfig { max_retries: 0, ..retry($options) })
             .with_http_connector(NotingConnector::default());
         let engine = builder.with_client_options(client).with_retry(retry($options));
-        Ok(Opened {
-            engine: Arc::new(engine.build().map_err(failed)?),
+        let engine = Arc::new(engine.build().map_err(failed)?);
+        Ok(Engines {
+            uploads: Some(engine.clone()),
+            engine,
             reads: Some(Arc::new(reads.build().map_err(failed)?)),
             network: Some(NetworkHint($hint)),
         })
     }};
 }
 
-fn open_s3(url: &str, bucket: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
+fn open_s3(url: &str, bucket: &str, options: &StoreOptions) -> Result<Engines, StoreError> {
     let mut settings = settings("aws_", options);
     let profile = aws_profile::settings(&settings)
         .map_err(|detail| StoreError::BadUrl { url: url.to_owned(), detail })?;
@@ -188,7 +198,7 @@ fn has_s3_credentials(settings: &[(String, String)]) -> bool {
     .any(|name| find(settings, name).is_some())
 }
 
-fn open_gcs(url: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
+fn open_gcs(url: &str, options: &StoreOptions) -> Result<Engines, StoreError> {
     let mut builder = GoogleCloudStorageBuilder::from_env().with_url(url);
     for (key, value) in &options.settings {
         if let Ok(key) = key.parse::<GoogleConfigKey>() {
@@ -199,7 +209,7 @@ fn open_gcs(url: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
     engines!(url, builder, client_options(options), options, hint)
 }
 
-fn open_azure(url: &str, options: &StoreOptions) -> Result<Opened, StoreError> {
+fn open_azure(url: &str, options: &StoreOptions) -> Result<Engines, StoreError> {
     let mut builder = MicrosoftAzureBuilder::from_env().with_url(url);
     for (key, value) in &options.settings {
         if let Ok(key) = key.parse::<AzureConfigKey>() {

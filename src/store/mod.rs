@@ -39,4 +39,5 @@ pub use options::{MissingFolder, StoreOptions};
 pub use read_faults::{FaultKind, ReadFaults};
 pub use s3_server::{S3Server, S3ServerError, S3ServerOptions, serve};
 pub use store::{Created, ObjectInfo, Store};
+pub use transfer::is_upload_note;
 pub use unique::unique_id;

@@ -96,7 +96,7 @@ impl Store {
     /// Reads what is `wanted` of `path`, whatever happens until the deadline.
     pub(super) async fn read(&self, path: &str, wanted: &Wanted) -> Result<Fetched, StoreError> {
         let location = self.locate(path)?;
-        let Some(engine) = self.shared.reads.as_deref() else {
+        let Some(engine) = self.shared.engines.reads.as_deref() else {
             return self.read_locally(path, &location, wanted).await;
         };
         let options = &self.shared.options;
@@ -144,7 +144,7 @@ impl Store {
         location: &Path,
         wanted: &Wanted,
     ) -> Result<Fetched, StoreError> {
-        let engine = &self.shared.engine;
+        let engine = &self.shared.engines.engine;
         self.shared.counters.sent();
         let read = async {
             match wanted.range.clone() {

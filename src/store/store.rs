@@ -16,7 +16,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload}
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
-use super::backend::{self, NetworkHint};
+use super::backend::{self, Engines, NetworkHint};
 use super::error::StoreError;
 use super::latency::Latency;
 use super::options::StoreOptions;
@@ -53,10 +53,7 @@ pub struct ObjectInfo {
 }
 
 pub(super) struct Shared {
-    pub engine: Arc<dyn ObjectStore>,
-    /// The same without retries of its own and with notes on every answer; `None` without a network.
-    pub reads: Option<Arc<dyn ObjectStore>>,
-    pub network: Option<NetworkHint>,
+    pub engines: Engines,
     pub options: StoreOptions,
     pub counters: FaultCounters,
     pub latency: Latency,
@@ -65,16 +62,9 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn new(
-        engine: Arc<dyn ObjectStore>,
-        reads: Option<Arc<dyn ObjectStore>>,
-        network: Option<NetworkHint>,
-        options: StoreOptions,
-    ) -> Self {
+    fn new(engines: Engines, options: StoreOptions) -> Self {
         Self {
-            engine,
-            reads,
-            network,
+            engines,
             options,
             counters: FaultCounters::default(),
             latency: Latency::default(),
@@ -111,9 +101,8 @@ impl Store {
     /// Every `memory:///` is a fresh, empty store, shared only by clones.
     pub fn open(url: &str, options: &StoreOptions) -> Result<Self, StoreError> {
         let backend = backend::open(url, options)?;
-        let (engine, reads) = (backend.engine, backend.reads);
         Ok(Self {
-            shared: Arc::new(Shared::new(engine, reads, backend.network, options.clone())),
+            shared: Arc::new(Shared::new(backend.engines, options.clone())),
             prefix: backend.prefix,
             url: backend.url,
         })
@@ -123,7 +112,7 @@ impl Store {
     #[must_use]
     pub fn from_engine(engine: Arc<dyn ObjectStore>, url: &str) -> Self {
         Self {
-            shared: Arc::new(Shared::new(engine, None, None, StoreOptions::default())),
+            shared: Arc::new(Shared::new(Engines::local(engine), StoreOptions::default())),
             prefix: Path::default(),
             url: url.to_owned(),
         }
@@ -200,7 +189,7 @@ impl Store {
 
     /// How often bytes are fetched that are not as they should be: a disk says the same each time.
     fn tries(&self) -> u32 {
-        if self.shared.reads.is_some() { UNSOUND_MAX } else { 1 }
+        if self.shared.engines.reads.is_some() { UNSOUND_MAX } else { 1 }
     }
 
     /// The whole object, fetched again as long as it is not `sound`, a few times: then what came last, for the
@@ -282,7 +271,7 @@ impl Store {
             tries += 1;
             let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
             let payload = PutPayload::from(bytes.clone());
-            let put = self.shared.engine.put_opts(&location, payload, options);
+            let put = self.shared.engines.engine.put_opts(&location, payload, options);
             let error = match self.bounded("create", path, put).await {
                 Ok(_) => return Ok(Created::New),
                 // Also 409 for two creates at once, of which possibly neither succeeded.
@@ -313,7 +302,7 @@ impl Store {
         self.contact().await?;
         let location = self.locate(prefix)?;
         let skip = self.prefix.parts().count();
-        let mut stream = self.shared.engine.list(Some(&location));
+        let mut stream = self.shared.engines.engine.list(Some(&location));
         let mut objects = Vec::new();
         while let Some(meta) = self.bounded("list", prefix, stream.try_next()).await? {
             let path: Path = meta.location.parts().skip(skip).collect();
@@ -327,7 +316,7 @@ impl Store {
     pub async fn delete(&self, path: &str) -> Result<(), StoreError> {
         self.contact().await?;
         let location = self.locate(path)?;
-        match self.bounded("delete", path, self.shared.engine.delete(&location)).await {
+        match self.bounded("delete", path, self.shared.engines.engine.delete(&location)).await {
             Err(error) if error.is_not_found() => Ok(()),
             other => other,
         }
@@ -349,7 +338,8 @@ impl Store {
     pub async fn head(&self, path: &str) -> Result<ObjectInfo, StoreError> {
         self.contact().await?;
         let location = self.locate(path)?;
-        let meta = self.bounded("look up", path, self.shared.engine.head(&location)).await?;
+        let meta =
+            self.bounded("look up", path, self.shared.engines.engine.head(&location)).await?;
         Ok(ObjectInfo { path: path.to_owned(), bytes: meta.size })
     }
 
@@ -380,8 +370,8 @@ impl Store {
     }
 
     /// Makes sure that the store has answered once, within the short first-contact bound.
-    async fn contact(&self) -> Result<(), StoreError> {
-        let Some(hint) = &self.shared.network else { return Ok(()) };
+    pub(super) async fn contact(&self) -> Result<(), StoreError> {
+        let Some(hint) = &self.shared.engines.network else { return Ok(()) };
         self.shared.reached.get_or_try_init(|| self.first_contact(hint)).await?;
         Ok(())
     }
@@ -399,7 +389,7 @@ impl Store {
         let answered = async {
             loop {
                 // Several tries within the bound: one lost answer says little about a store.
-                match timeout(bound / 4, self.shared.engine.head(&location)).await {
+                match timeout(bound / 4, self.shared.engines.engine.head(&location)).await {
                     Ok(Err(error))
                         if StoreError::from_engine(&self.url, "reach", "", &error)
                             .is_transient() =>
@@ -461,7 +451,7 @@ impl Store {
 
     /// What to check when nobody answers.
     pub(super) fn hint(&self) -> &str {
-        self.shared.network.as_ref().map_or("", |hint| hint.0.as_str())
+        self.shared.engines.network.as_ref().map_or("", |hint| hint.0.as_str())
     }
 
     /// The engine's name for `path`.

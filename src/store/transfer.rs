@@ -3,13 +3,18 @@
 //! One request for a whole checkpoint would hold a connection for minutes and spend the retry
 //! budget of all its bytes on the first lost packet. Pieces are retried one by one. Small objects,
 //! and stores without a network, take one operation.
+//!
+//! Pieces of an upload whose process is killed are kept, and charged for, but in no listing. Where a note was left
+//! ([`Store::put_noted`]), another process can end it ([`Store::clear_upload`]).
 
 use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
-use object_store::{MultipartUpload, ObjectStoreExt, PutMultipartOptions, PutPayload};
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path;
+use object_store::{MultipartId, ObjectStoreExt, PutPayload};
 
 use super::error::StoreError;
 use super::read::{Fetched, WHOLE_BYTES_MAX, Wanted};
@@ -20,6 +25,22 @@ const PIECE_BYTES_MIN: u64 = 8 << 20;
 const PIECES_MAX: u64 = 9_000;
 /// Pieces under way at once.
 const PIECES_CONCURRENT: usize = 4;
+/// What the name of a note on an upload has after its object's.
+const NOTE: &str = ".upload";
+
+/// An object on its way in pieces.
+struct Upload<'a> {
+    store: &'a dyn MultipartStore,
+    path: &'a str,
+    location: Path,
+    id: MultipartId,
+}
+
+/// Whether `path` names a note on an upload.
+#[must_use]
+pub fn is_upload_note(path: &str) -> bool {
+    path.ends_with(NOTE)
+}
 
 impl Store {
     pub(super) async fn get_whole(&self, path: &str) -> Result<Bytes, StoreError> {
@@ -73,38 +94,93 @@ impl Store {
         Ok(whole.freeze())
     }
 
+    /// The store for writes in pieces, if `bytes` are to be written so.
+    fn in_pieces(&self, bytes: &Bytes) -> Option<&dyn MultipartStore> {
+        self.shared.engines.uploads.as_deref().filter(|_| bytes.len() as u64 > WHOLE_BYTES_MAX)
+    }
+
     pub(super) async fn put_whole(&self, path: &str, bytes: Bytes) -> Result<(), StoreError> {
-        let location = self.locate(path)?;
-        let engine = &self.shared.engine;
-        if self.shared.network.is_none() || bytes.len() as u64 <= WHOLE_BYTES_MAX {
-            let payload = PutPayload::from(bytes);
-            return self.bounded("write", path, engine.put(&location, payload)).await.map(drop);
+        if let Some(store) = self.in_pieces(&bytes) {
+            let upload = self.begin(store, path).await?;
+            return self.send(&upload, &bytes).await;
         }
-        let begin = engine.put_multipart_opts(&location, PutMultipartOptions::default());
-        let mut upload = self.bounded("write", path, begin).await?;
-        let sent = self.put_pieces(path, &mut *upload, &bytes).await;
-        if sent.is_err()
-            && let Err(error) = self.bounded("abort", path, upload.abort()).await
-        {
-            tracing::debug!(%error, "an unfinished upload stays behind; the bucket's lifecycle rules clear it");
+        let location = self.locate(path)?;
+        let put = self.shared.engines.engine.put(&location, PutPayload::from(bytes));
+        self.bounded("write", path, put).await.map(drop)
+    }
+
+    /// [`Store::put`], with a note beside the object, `PATH.upload`, as long as it is on its way in pieces.
+    ///
+    /// # Errors
+    /// As [`Store::put`].
+    pub async fn put_noted(&self, path: &str, bytes: Bytes) -> Result<(), StoreError> {
+        self.contact().await?;
+        let Some(store) = self.in_pieces(&bytes) else { return self.put_whole(path, bytes).await };
+        let upload = self.begin(store, path).await?;
+        let note = format!("{path}{NOTE}");
+        if let Err(error) = self.put_whole(&note, upload.id.clone().into()).await {
+            self.abort(&upload).await;
+            return Err(error);
+        }
+        self.send(&upload, &bytes).await?;
+        self.delete(&note).await
+    }
+
+    /// Ends the upload that `note` is about, whose writer is gone, and removes the note.
+    ///
+    /// # Errors
+    /// When the store fails; the note then stays for another time.
+    pub async fn clear_upload(&self, note: &str) -> Result<(), StoreError> {
+        let path = note.strip_suffix(NOTE).unwrap_or(note);
+        if let Some(store) = self.shared.engines.uploads.as_deref() {
+            let id = String::from_utf8_lossy(&self.get(note).await?).into_owned();
+            let location = self.locate(path)?;
+            let abort = store.abort_multipart(&location, &id);
+            match self.bounded("abort", path, abort).await {
+                // Its end was reached, or somebody was here before.
+                Ok(()) | Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.delete(note).await
+    }
+
+    async fn begin<'a>(
+        &self,
+        store: &'a dyn MultipartStore,
+        path: &'a str,
+    ) -> Result<Upload<'a>, StoreError> {
+        let location = self.locate(path)?;
+        let id = self.bounded("write", path, store.create_multipart(&location)).await?;
+        Ok(Upload { store, path, location, id })
+    }
+
+    async fn send(&self, upload: &Upload<'_>, bytes: &Bytes) -> Result<(), StoreError> {
+        let sent = self.put_pieces(upload, bytes).await;
+        if sent.is_err() {
+            self.abort(upload).await;
         }
         sent
     }
 
-    async fn put_pieces(
-        &self,
-        path: &str,
-        upload: &mut dyn MultipartUpload,
-        bytes: &Bytes,
-    ) -> Result<(), StoreError> {
-        let mut parts: Vec<BoxFuture<'_, Result<(), StoreError>>> = Vec::new();
-        for range in pieces(bytes.len() as u64) {
-            let part =
-                upload.put_part(bytes.slice(range.start as usize..range.end as usize).into());
+    async fn abort(&self, upload: &Upload<'_>) {
+        let abort = upload.store.abort_multipart(&upload.location, &upload.id);
+        if let Err(error) = self.bounded("abort", upload.path, abort).await {
+            tracing::debug!(%error, "an unfinished upload stays behind; the bucket's lifecycle rules clear it");
+        }
+    }
+
+    async fn put_pieces(&self, upload: &Upload<'_>, bytes: &Bytes) -> Result<(), StoreError> {
+        let Upload { store, path, location, id } = upload;
+        let mut parts: Vec<BoxFuture<'_, Result<PartId, StoreError>>> = Vec::new();
+        for (index, range) in pieces(bytes.len() as u64).enumerate() {
+            let piece = bytes.slice(range.start as usize..range.end as usize).into();
+            let part = store.put_part(location, id, index, piece);
             parts.push(self.bounded("write", path, part).boxed());
         }
-        stream::iter(parts).buffer_unordered(PIECES_CONCURRENT).try_collect::<Vec<()>>().await?;
-        self.bounded("write", path, upload.complete()).await.map(drop)
+        let parts = stream::iter(parts).buffered(PIECES_CONCURRENT).try_collect().await?;
+        let complete = store.complete_multipart(location, id, parts);
+        self.bounded("write", path, complete).await.map(drop)
     }
 }
 

@@ -120,9 +120,9 @@ pub async fn run_agent(
         began: Instant::now(),
         span: Span::none(),
     };
-    let (run, life) = (&options.run, &agent.incarnation);
-    let ship = LogShip::start(run, options.child.log(options.node), options.node, life);
+    let ship = LogShip::start(options, &agent.incarnation);
     let status = agent.live(client, &mut stop).await;
+    drop(agent); // and its trainer with it, whatever becomes of the log
     if let Some(ship) = ship {
         ship.end().await;
     }

@@ -92,20 +92,70 @@ impl Issued {
     }
 }
 
-/// Who signs, and the certificate by which that is checked.
+/// Who signs, the certificate by which that is checked, and what this process has had signed.
 struct Signer {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
+    /// Of the keys that are certified.
+    kind: &'static SignatureAlgorithm,
+    /// This process's certificates by the names in them, and when they were issued.
+    own: Mutex<BTreeMap<String, (Issued, Arc<CertifiedKey>)>>,
 }
 
 impl Signer {
-    fn new(key: KeyPair, name: &str) -> Result<Self, TrustError> {
+    fn new(
+        key: KeyPair,
+        kind: &'static SignatureAlgorithm,
+        name: &str,
+    ) -> Result<Self, TrustError> {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let certificate = params.self_signed(&key).map_err(failed)?.der().clone();
-        Ok(Self { issuer: Issuer::new(params, key), certificate })
+        let issuer = Issuer::new(params, key);
+        Ok(Self { issuer, certificate, kind, own: Mutex::default() })
+    }
+
+    /// A key and a certificate for it, with a DNS name or an address in it, valid around `now`.
+    fn issue(&self, name: &str, now: SystemTime) -> Result<CertifiedKey, TrustError> {
+        let key = KeyPair::generate_for(self.kind).map_err(failed)?;
+        let mut params = CertificateParams::new([name.to_owned()]).map_err(failed)?;
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.not_before = (now - SKEW).into();
+        params.not_after = (now + VALID).into();
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = params.signed_by(&key, &self.issuer).map_err(failed)?;
+        let secret = PrivatePkcs8KeyDer::from(key.serialize_der());
+        let key = provider::sign::any_supported_type(&secret.into()).map_err(failed)?;
+        Ok(CertifiedKey::new(vec![certificate.der().clone()], key))
+    }
+
+    /// This process's certificate with `name` in it: another one when half its time is over.
+    fn own(&self, name: &str) -> Option<Arc<CertifiedKey>> {
+        // What it guards is replaced as a whole.
+        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((issued, key)) = own.get(name)
+            && issued.is_fresh()
+        {
+            return Some(key.clone());
+        }
+        match self.issue(name, SystemTime::now()) {
+            Ok(key) => {
+                let key = Arc::new(key);
+                if own.len() >= NAMES_MAX {
+                    own.clear(); // somebody asks for names at random
+                }
+                own.insert(name.to_owned(), (Issued::now(), key.clone()));
+                Some(key)
+            }
+            Err(error) => {
+                tracing::error!(%error, "this process has nothing to show to others");
+                None
+            }
+        }
     }
 }
 
@@ -117,8 +167,6 @@ pub struct Authority {
     page_password: Zeroizing<String>,
     roots: Arc<RootCertStore>,
     provider: Arc<CryptoProvider>,
-    /// This process's certificates by the names in them, and when they were issued.
-    own: Mutex<BTreeMap<String, (Issued, Arc<CertifiedKey>)>>,
 }
 
 impl std::fmt::Debug for Authority {
@@ -172,75 +220,14 @@ impl Authority {
     /// # Errors
     /// [`TrustError::Token`] if the cryptography fails.
     pub fn derive(token: &JoinToken) -> Result<Self, TrustError> {
-        let members = Signer::new(key_of(token)?, "cpcr run")?;
-        let page = Signer::new(page_key_of(token)?, "cpcr page")?;
+        let members = Signer::new(key_of(token)?, &PKCS_ED25519, "cpcr run")?;
+        let page = Signer::new(page_key_of(token)?, &PKCS_ECDSA_P256_SHA256, "cpcr page")?;
         let mut roots = RootCertStore::empty();
         roots.add(members.certificate.clone()).map_err(failed)?;
         let provider = Arc::new(provider::default_provider());
         let roots = Arc::new(roots);
         let page_password = password_of(token)?;
-        Ok(Self { members, page, page_password, roots, provider, own: Mutex::default() })
-    }
-
-    /// A key and a certificate for it, with a DNS name or an address in it, valid around `now`.
-    fn issue(
-        &self,
-        (signer, kind): (&Signer, &'static SignatureAlgorithm),
-        name: &str,
-        now: SystemTime,
-    ) -> Result<CertifiedKey, TrustError> {
-        let key = KeyPair::generate_for(kind).map_err(failed)?;
-        let mut params = CertificateParams::new([name.to_owned()]).map_err(failed)?;
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.not_before = (now - SKEW).into();
-        params.not_after = (now + VALID).into();
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &signer.issuer).map_err(failed)?;
-        let secret = PrivatePkcs8KeyDer::from(key.serialize_der());
-        let key = provider::sign::any_supported_type(&secret.into()).map_err(failed)?;
-        Ok(CertifiedKey::new(vec![certificate.der().clone()], key))
-    }
-
-    /// This process's certificate with `name` in it: another one when half its time is over.
-    fn own(&self, name: &str) -> Option<Arc<CertifiedKey>> {
-        self.own_by(name, (&self.members, &PKCS_ED25519))
-    }
-
-    /// The same for the page, which browsers are to believe.
-    fn own_of_page(&self, name: &str) -> Option<Arc<CertifiedKey>> {
-        self.own_by(name, (&self.page, &PKCS_ECDSA_P256_SHA256))
-    }
-
-    fn own_by(
-        &self,
-        name: &str,
-        by: (&Signer, &'static SignatureAlgorithm),
-    ) -> Option<Arc<CertifiedKey>> {
-        let page = std::ptr::eq(by.0, &self.page);
-        let kept = format!("{}{name}", if page { "page " } else { "" });
-        // What it guards is replaced as a whole.
-        let mut own = self.own.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((issued, key)) = own.get(&kept)
-            && issued.is_fresh()
-        {
-            return Some(key.clone());
-        }
-        match self.issue(by, name, SystemTime::now()) {
-            Ok(key) => {
-                let key = Arc::new(key);
-                if own.len() >= NAMES_MAX {
-                    own.clear(); // somebody asks for names at random
-                }
-                own.insert(kept, (Issued::now(), key.clone()));
-                Some(key)
-            }
-            Err(error) => {
-                tracing::error!(%error, "this process has nothing to show to others");
-                None
-            }
-        }
+        Ok(Self { members, page, page_password, roots, provider })
     }
 
     /// How this process serves holders of the token on its address `local`.
@@ -305,13 +292,13 @@ struct Own(Arc<Authority>);
 
 impl ResolvesServerCert for Own {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.0.own(MEMBER)
+        self.0.members.own(MEMBER)
     }
 }
 
 impl ResolvesClientCert for Own {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        self.0.own(MEMBER)
+        self.0.members.own(MEMBER)
     }
 
     fn has_certs(&self) -> bool {
@@ -327,7 +314,8 @@ impl ResolvesServerCert for Named {
     fn resolve(&self, client: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let address = self.1.to_string();
         let name = client.server_name().unwrap_or(&address);
-        if self.2 == Purpose::Page { self.0.own_of_page(name) } else { self.0.own(name) }
+        let by = if self.2 == Purpose::Page { &self.0.page } else { &self.0.members };
+        by.own(name)
     }
 }
 
@@ -361,17 +349,18 @@ mod tests {
             "04bfa4c35da9353ba8c58a819ac7b54ded0d5ea2b6802a89d72829a326b6a83428929888b89586d03077d332fdeb6210515a77fd8e77b5f2aab7f0fce92afdaa56"
         );
         let authority = Authority::derive(&JoinToken::random().unwrap()).unwrap();
-        let page = authority.own_of_page("localhost").unwrap();
-        let member = authority.own("localhost").unwrap();
+        let page = authority.page.own("localhost").unwrap();
+        let member = authority.members.own("localhost").unwrap();
         assert_ne!(page.cert[0], member.cert[0], "each by its own authority");
-        assert!(Arc::ptr_eq(&page, &authority.own_of_page("localhost").unwrap()));
+        assert!(Arc::ptr_eq(&page, &authority.page.own("localhost").unwrap()));
     }
 
     #[test]
     fn a_certificate_is_kept_and_renewed_in_time() {
         let authority = Authority::derive(&JoinToken::random().unwrap()).unwrap();
-        let first = authority.own(MEMBER).unwrap();
-        assert!(Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
+        let members = &authority.members;
+        let first = members.own(MEMBER).unwrap();
+        assert!(Arc::ptr_eq(&first, &members.own(MEMBER).unwrap()));
         let now = Issued::now();
         let stale = [
             Issued(now.0.checked_sub(VALID / 2).unwrap(), now.1),
@@ -379,12 +368,18 @@ mod tests {
             Issued(now.0, now.1 + SKEW),
         ];
         for issued in stale {
-            authority.own.lock().unwrap().insert(MEMBER.to_owned(), (issued, first.clone()));
-            assert!(!Arc::ptr_eq(&first, &authority.own(MEMBER).unwrap()));
+            members.own.lock().unwrap().insert(MEMBER.to_owned(), (issued, first.clone()));
+            assert!(!Arc::ptr_eq(&first, &members.own(MEMBER).unwrap()));
         }
+        let own = members.own(MEMBER).unwrap();
         for name in 0..2 * NAMES_MAX {
-            authority.own(&format!("host-{name}")).unwrap();
+            authority.page.own(&format!("host-{name}")).unwrap();
         }
-        assert!(authority.own.lock().unwrap().len() <= NAMES_MAX);
+        assert!(authority.page.own.lock().unwrap().len() <= NAMES_MAX);
+        let after = members.own(MEMBER).unwrap();
+        assert!(
+            Arc::ptr_eq(&own, &after),
+            "whoever asks the page for names does not touch members"
+        );
     }
 }

@@ -11,7 +11,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cpcr::coordinator::board::serve::SharedBoard;
+use cpcr::coordinator::board::shared::SharedBoard;
 use cpcr::coordinator::board::{Board, Facts, meter};
 use cpcr::telemetry::{
     Otlp, OtlpMetrics, OtlpSettings, Phase, Process, StepTrace, continues, traceparent_of,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 
-use super::board::serve::SharedBoard;
+use super::board::shared::SharedBoard;
 use super::board::{Board, Facts, prometheus_text};
 use super::events::Limits;
 use super::records::{self, LedgerPlace};

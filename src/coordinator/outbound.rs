@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
-use super::board::serve::SharedBoard;
+use super::board::shared::SharedBoard;
 use super::chronicle::Chronicle;
 use super::events::{Effect, Now};
 use super::reports::note;
@@ -85,31 +85,6 @@ impl Outbound {
                     }),
                 );
             }
-            Effect::Leave { node, generation } => {
-                send(node, order::Kind::Leave(wire::Leave { generation: generation.0 }));
-            }
-            Effect::Attest { node, generation } => {
-                send(node, order::Kind::Attest(wire::Attest { generation: generation.0 }));
-            }
-            Effect::End { node, generation, reason } => {
-                send(node, order::Kind::End(wire::End { generation: generation.0, reason }));
-            }
-            Effect::CheckpointAndStop { node, generation } => {
-                let checkpoint = wire::Checkpoint { generation: generation.0 };
-                send(node, order::Kind::CheckpointAndStop(checkpoint));
-            }
-            Effect::Recorded { node, recorded } => {
-                let recorded = wire::Recorded {
-                    generation: recorded.generation.0,
-                    lineage: recorded.lineage.0,
-                    step: recorded.step.0,
-                };
-                send(node, order::Kind::Recorded(recorded));
-            }
-            Effect::Release { node, reason } => {
-                let finish = wire::Finish { status: EXIT_RESUMABLE, reason };
-                send(node, order::Kind::Finish(finish));
-            }
             Effect::Finish { status: code, reason } => {
                 for node in agents.keys() {
                     let finish = wire::Finish { status: code, reason: reason.clone() };
@@ -122,6 +97,11 @@ impl Outbound {
                 self.board.change(|board, now| board.verdict(now, &verdict));
                 self.chronicle.verdict(&verdict);
                 self.keep_board();
+            }
+            order => {
+                if let Some((node, kind)) = plain(order) {
+                    send(node, kind);
+                }
             }
         }
     }
@@ -174,4 +154,39 @@ impl Outbound {
             *s != before
         });
     }
+}
+
+/// The order that an effect is, if it is one that says no more than the effect does.
+fn plain(effect: Effect) -> Option<(NodeId, order::Kind)> {
+    Some(match effect {
+        Effect::Leave { node, generation } => {
+            (node, order::Kind::Leave(wire::Leave { generation: generation.0 }))
+        }
+        Effect::Attest { node, generation } => {
+            (node, order::Kind::Attest(wire::Attest { generation: generation.0 }))
+        }
+        Effect::End { node, generation, reason } => {
+            (node, order::Kind::End(wire::End { generation: generation.0, reason }))
+        }
+        Effect::CheckpointAndStop { node, generation } => {
+            let checkpoint = wire::Checkpoint { generation: generation.0 };
+            (node, order::Kind::CheckpointAndStop(checkpoint))
+        }
+        Effect::Recorded { node, recorded } => {
+            let recorded = wire::Recorded {
+                generation: recorded.generation.0,
+                lineage: recorded.lineage.0,
+                step: recorded.step.0,
+            };
+            (node, order::Kind::Recorded(recorded))
+        }
+        Effect::Release { node, reason } => {
+            (node, order::Kind::Finish(wire::Finish { status: EXIT_RESUMABLE, reason }))
+        }
+        Effect::Start { .. }
+        | Effect::Prepare { .. }
+        | Effect::Finish { .. }
+        | Effect::Note(_)
+        | Effect::Verdict(_) => return None,
+    })
 }

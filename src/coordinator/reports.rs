@@ -2,7 +2,7 @@
 
 use tokio::sync::watch;
 
-use super::board::serve::SharedBoard;
+use super::board::shared::SharedBoard;
 use super::events::{Milestone, Progress};
 use super::records::Records;
 use crate::proto::{Doing, TrainerEvent, wire};

@@ -17,7 +17,7 @@ use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::board::report;
-use super::board::serve::SharedBoard;
+use super::board::shared::SharedBoard;
 use super::chronicle::{ACCOUNT_EVERY, Chronicle};
 use super::events::{Effect, Event, Limits, Progress, Running};
 use super::outbound::{Agent, Outbound};

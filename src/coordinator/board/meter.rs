@@ -6,7 +6,7 @@ use opentelemetry::KeyValue;
 use opentelemetry::metrics::{AsyncInstrument, Meter};
 
 use super::instruments::{INSTRUMENTS, Instrument, Kind, Sample, samples};
-use super::{Board, serve};
+use super::{Board, shared};
 
 /// What a metric is called there: `cpcr.steps.done`.
 #[must_use]
@@ -23,7 +23,7 @@ struct Newest {
 
 impl Newest {
     fn of(&mut self, board: &Mutex<Board>) -> &[Sample] {
-        let now = serve::unix_now();
+        let now = shared::unix_now();
         if (now - self.taken).abs() > 0.5 {
             let board = board.lock().unwrap_or_else(PoisonError::into_inner);
             (self.taken, self.samples) = (now, samples(&board, now));

@@ -2,7 +2,7 @@
 //! every event, in seconds since 1970.
 //!
 //! It fills the page's document and the metrics' samples, and tells hints. Nothing is decided by it; a coordinator that
-//! follows another takes up what that one wrote down. [`serve`] is its only shell.
+//! follows another takes up what that one wrote down. [`shared`] and [`serve`] are its shells.
 
 mod hints;
 mod instruments;
@@ -10,6 +10,7 @@ pub mod meter;
 pub mod report;
 mod series;
 pub mod serve;
+pub mod shared;
 mod vitals;
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
-//! The board's server: the page, its document as server-sent events, pictures, and the metrics. It only reads.
+//! The board's server: the page, its document as server-sent events, pictures, and the metrics. It only reads, and on a
+//! thread of its own: whoever looks, and however many they are, the coordinator's thread has nothing to do with it.
 //!
 //! On loopback in plain text, for whoever is on this machine; beyond it by HTTPS with the run's authority, and only
 //! to those who give the page's password. Requests, connections and streams are bounded.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
@@ -22,10 +23,12 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::runtime::{self, Handle};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinSet;
 
-use super::{Board, prometheus_text};
+use super::prometheus_text;
+use super::shared::{PAUSE, SharedBoard, Told};
 use crate::page;
 use crate::store::{Store, StoreError};
 use crate::trust::{Incoming, Purpose, Trust, TrustError};
@@ -36,8 +39,6 @@ const CONNECTIONS_MAX: usize = 256;
 const STREAMS_MAX: usize = 64;
 /// How long a connection may take to send a request's header.
 const HEADER_MAX: Duration = Duration::from_secs(10);
-/// Between two documents of a stream.
-const PAUSE: Duration = Duration::from_millis(300);
 /// Longest that the end of a run waits for pages to hear of it.
 const END_MAX: Duration = Duration::from_secs(1);
 /// A document comes after this time, whether or not anything has changed.
@@ -46,57 +47,13 @@ const AT_LEAST: Duration = Duration::from_secs(2);
 const POLICY: &str = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
      connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Seconds since 1970.
-#[must_use]
-pub fn unix_now() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
-}
-
-/// The board with whoever wants to know that it has changed. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct SharedBoard {
-    board: Arc<Mutex<Board>>,
-    changed: watch::Sender<u64>,
-}
-
-impl SharedBoard {
-    /// Of a board.
-    #[must_use]
-    pub fn new(board: Board) -> Self {
-        Self { board: Arc::new(Mutex::new(board)), changed: watch::Sender::new(0) }
-    }
-
-    /// Changes it.
-    pub fn change<T>(&self, change: impl FnOnce(&mut Board, f64) -> T) -> T {
-        // A board whose change was cut off by a panic is only less right.
-        let mut board = self.board.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = change(&mut board, unix_now());
-        drop(board);
-        self.changed.send_modify(|version| *version += 1);
-        result
-    }
-
-    /// Looks at it.
-    pub fn look<T>(&self, look: impl FnOnce(&Board, f64) -> T) -> T {
-        look(&self.board.lock().unwrap_or_else(PoisonError::into_inner), unix_now())
-    }
-
-    /// For instruments that look by themselves.
-    #[must_use]
-    pub fn inner(&self) -> &Arc<Mutex<Board>> {
-        &self.board
-    }
-
-    fn document(&self) -> page::Document {
-        self.look(|board, now| board.document(now))
-    }
-}
-
 /// What handlers need.
 #[derive(Clone)]
 struct Served {
     board: SharedBoard,
     run: Store,
+    /// Where the store's connections are at home.
+    home: Handle,
     /// The page's password, where one is wanted.
     password: Option<Arc<str>>,
     streams: Arc<Semaphore>,
@@ -107,8 +64,20 @@ struct Served {
 pub struct BoardServer {
     /// The page's address.
     pub url: String,
-    task: tokio::task::JoinHandle<()>,
     streams: Arc<Semaphore>,
+    /// The server's thread ends when this is gone.
+    _stop: oneshot::Sender<()>,
+}
+
+/// Why there is no page.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The machine gives no socket or no thread.
+    #[error(transparent)]
+    Machine(#[from] io::Error),
+    /// Nobody could be told from others.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
 }
 
 impl BoardServer {
@@ -121,32 +90,49 @@ impl BoardServer {
     }
 }
 
-impl Drop for BoardServer {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 /// Starts serving `board`, and the pictures in `run`, on `listener`.
 ///
 /// # Errors
-/// [`TrustError::NoToken`] beyond loopback without a token.
+/// [`TrustError::NoToken`] beyond loopback without a token; what the machine says.
 pub fn start(
     listener: TcpListener,
     trust: &Trust,
     board: SharedBoard,
     run: Store,
-) -> Result<BoardServer, TrustError> {
-    let address = listener.local_addr().unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+) -> Result<BoardServer, ServeError> {
+    let address = listener.local_addr()?;
     let plain = address.ip().to_canonical().is_loopback();
     let (trust, scheme) =
         if plain { (Trust::loopback(), "http") } else { (trust.clone(), "https") };
     let password = trust.page_password().map(Arc::from);
-    let incoming = trust.incoming(listener, Purpose::Page)?;
     let streams = Arc::new(Semaphore::new(STREAMS_MAX));
-    let routes = routes(Served { board, run, password, streams: Arc::clone(&streams) });
-    let task = tokio::spawn(accept(incoming, routes));
-    Ok(BoardServer { url: format!("{scheme}://{address}/"), task, streams })
+    let home = Handle::current();
+    let routes = routes(Served { board, run, home, password, streams: Arc::clone(&streams) });
+    let listener = listener.into_std()?;
+    let (stop, stopped) = oneshot::channel();
+    let (ready, started) = std::sync::mpsc::channel();
+    let serve = move || {
+        let own = runtime::Builder::new_current_thread().enable_all().build();
+        let accepting = own.map_err(ServeError::from).and_then(|own| {
+            let within = own.enter();
+            let incoming = trust.incoming(TcpListener::from_std(listener)?, Purpose::Page)?;
+            drop(within);
+            Ok((own, incoming))
+        });
+        let said = accepting.map(|(own, incoming)| {
+            // Whoever started this waits for it.
+            ready.send(Ok(())).ok();
+            own.block_on(async {
+                tokio::select! { () = accept(incoming, routes) => {} _ = stopped => {} }
+            });
+        });
+        if let Err(error) = said {
+            ready.send(Err(error)).ok();
+        }
+    };
+    std::thread::Builder::new().name("page".to_owned()).spawn(serve)?;
+    started.recv().map_err(io::Error::other)??;
+    Ok(BoardServer { url: format!("{scheme}://{address}/"), streams, _stop: stop })
 }
 
 fn routes(served: Served) -> Router {
@@ -155,7 +141,9 @@ fn routes(served: Served) -> Router {
         .route("/events", get(events))
         .route(
             "/data.json",
-            get(|served: State<Served>| async move { Json(served.board.document()) }),
+            get(|served: State<Served>| async move {
+                Json(served.board.look(|board, now| board.document(now)))
+            }),
         )
         .route("/overlays/{name}", get(picture))
         .route("/metrics", get(metrics))
@@ -226,15 +214,6 @@ fn asks_loopback(headers: &HeaderMap) -> bool {
         || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
 }
 
-/// Where a stream is.
-enum Follow {
-    /// Before its first document.
-    First,
-    Going,
-    /// The last one has been sent.
-    Told,
-}
-
 /// The document, now and whenever it has changed.
 async fn events(State(served): State<Served>) -> Response {
     let Ok(place) = Arc::clone(&served.streams).try_acquire_owned() else {
@@ -249,23 +228,21 @@ fn follow(
     board: SharedBoard,
     place: OwnedSemaphorePermit,
 ) -> impl Stream<Item = Result<sse::Event, Infallible>> {
-    let changes = board.changed.subscribe();
-    let begin = (board, changes, Follow::First, place);
-    futures::stream::unfold(begin, |(board, mut changes, at, place)| async move {
-        match at {
-            Follow::First => {}
-            Follow::Going => {
-                tokio::time::sleep(PAUSE).await;
-                // Time passes for a board that does not change, too.
-                tokio::time::timeout(AT_LEAST, changes.changed()).await.ok();
+    let changes = board.changes();
+    let begin = (board, changes, None::<Told>, place);
+    futures::stream::unfold(begin, |(board, mut changes, seen, place)| async move {
+        if let Some(seen) = &seen {
+            if seen.last {
+                return None;
             }
-            Follow::Told => return None,
+            tokio::time::sleep(PAUSE).await;
+            // Time passes for a board that does not change, too.
+            let newer = changes.wait_for(|version| *version > seen.version);
+            tokio::time::timeout(AT_LEAST, newer).await.ok();
         }
-        changes.mark_unchanged();
-        let document = board.document();
-        let next = if document.state.status.is_some() { Follow::Told } else { Follow::Going };
-        let event = sse::Event::default().event("run").json_data(document);
-        Some((Ok(event.ok()?), (board, changes, next, place)))
+        let told = board.told(seen.as_ref()).await.ok()?;
+        let event = sse::Event::default().event("run").data(&*told.text);
+        Some((Ok(event), (board, changes, Some(told), place)))
     })
 }
 
@@ -279,7 +256,11 @@ async fn picture(State(served): State<Served>, Path(name): Path<String>) -> Resp
     if !page::is_picture_name(&name) {
         return StatusCode::NOT_FOUND.into_response();
     }
-    match served.run.get(&format!("{}/{name}", page::PICTURES)).await {
+    let fetch = async move { served.run.get(&format!("{}/{name}", page::PICTURES)).await };
+    let Ok(fetched) = served.home.spawn(fetch).await else {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response(); // the run is at its end
+    };
+    match fetched {
         Ok(bytes) => ([(header::CONTENT_TYPE, "image/png")], Body::from(bytes)).into_response(),
         Err(StoreError::NotFound { .. }) => StatusCode::NOT_FOUND.into_response(),
         Err(error) => {

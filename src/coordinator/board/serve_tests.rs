@@ -1,10 +1,12 @@
 //! The server of the page over sockets: who may see it, and what.
 
+use std::net::SocketAddr;
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::*;
-use crate::coordinator::board::Facts;
+use crate::coordinator::board::{Board, Facts};
 use crate::store::StoreOptions;
 use crate::trust::JoinToken;
 

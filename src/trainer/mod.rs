@@ -31,7 +31,7 @@ pub use predict::{PredictOptions, Predicted, predict};
 pub(crate) use snapshot::{Circumstances, Copies, hand_over};
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 use tracing::Span;
@@ -135,13 +135,7 @@ fn train(
     emit(&t.ready(restored)?);
     let mut sampling = StepSampling::new(t.config.telemetry.step_spans());
     let mut epoch = traces::EpochSpan::default();
-    // What the generation before did not get to.
-    if t.validation_due {
-        validate::validate(t, orders)?;
-    }
-    if t.checkpoints_here() && !restored && t.submitted != Some(t.step) {
-        persist::checkpoint(t)?;
-    }
+    catch_up(t, restored, orders)?;
 
     while t.step < t.total {
         orders.still_in()?;
@@ -179,10 +173,7 @@ fn train(
         let waited = trace.spent(Phase::DataWait).as_secs_f64();
         let took = trace.end().as_secs_f64().max(1e-9);
         report(t, &loss, &tail, &counts, took, waited / took)?;
-        if t.world.0 > 1 && t.step.0 <= pace::RUN_STEPS {
-            let own = started.elapsed().saturating_sub(trace.spent(Phase::DataWait));
-            t.pace.step(own, &t.config.recovery)?;
-        }
+        t.keep_pace(started.elapsed().saturating_sub(trace.spent(Phase::DataWait)))?;
         if t.validates_here() {
             validate::validate(t, orders)?;
         }
@@ -203,7 +194,26 @@ fn train(
     Ok(EXIT_DONE)
 }
 
+/// What the generation before did not get to.
+fn catch_up(t: &mut Trainer, restored: bool, orders: &Orders) -> Result<(), TrainerError> {
+    if t.validation_due {
+        validate::validate(t, orders)?;
+    }
+    if t.checkpoints_here() && !restored && t.submitted != Some(t.step) {
+        persist::checkpoint(t)?;
+    }
+    Ok(())
+}
+
 impl Trainer {
+    /// Refuses a run whose first steps, of which one `took` so long, are too slow for its `recovery.target_s`.
+    fn keep_pace(&mut self, took: Duration) -> Result<(), TrainerError> {
+        if self.world.0 > 1 && self.step.0 <= pace::RUN_STEPS {
+            self.pace.step(took, &self.config.recovery)?;
+        }
+        Ok(())
+    }
+
     /// Which rank of which generation this is.
     fn place(&self) -> Place {
         Place { generation: self.generation, rank: self.rank }

@@ -1,10 +1,10 @@
 """Kills, freezes and starves real runs of `cpcr-launch`, and checks that nothing was lost.
 
 `scripts/chaos.sh` builds and calls it. A campaign (`--runs N --seed S`) draws for each run its size, whether its
-storage answers badly, and up to three disturbances at random moments; a run must end complete, pass
-`cpcr audit` and `cpcr checkpoints verify`, and leave no process behind. `--figures N` repeats single
-disturbances N times each and prints how long recovery took, by the clocks of trainers' own logs. Linux, the standard
-library only; not a benchmark of the machine's speed.
+storage answers badly, whether its machine's clock is set or its disk is full now and then (`chaos_machine.py`), and up
+to three disturbances at random moments; a run must end complete, pass `cpcr audit` and `cpcr checkpoints verify`, and
+leave no process behind. `--figures N` repeats single disturbances N times each and prints how long recovery took, by
+the clocks of trainers' own logs. Linux, the standard library only; not a benchmark of the machine's speed.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import chaos_machine
 
 # A network and data of the demonstration's kind, small enough for a step of some milliseconds on a laptop.
 SMALL = ["patch_size=32", "batch.labelled=4", "batch.unlabelled=4", "loss.warmup_epochs=0", "validate.every=100000"]
@@ -72,23 +74,25 @@ def wait_for(what, condition, seconds=EVENT_S_MAX):
 class Run:
     """One run of the launcher in a folder of its own."""
 
-    def __init__(self, place, nodes, sets, faults=None, spares=0):
+    def __init__(self, place, nodes, sets, faults=None, spares=0, machine=None):
+        self.machine = machine or chaos_machine.Machine()
         self.place, self.nodes, self.sets, self.spares = place, nodes, sets, spares
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="cpcr-chaos-"))
         self.server, self.environment = None, dict(os.environ, RUST_LOG="info,cpcr::trainer=debug")
-        self.url = str(self.folder / "run")
-        self.local = self.folder / "run"
+        self.room = self.machine.room(self.folder)
+        self.url = str(self.room / "run")
+        self.local = self.room / "run"
         if faults is not None:
             bucket = f"chaos-{os.getpid()}"  # processes are known by their command lines: no other campaign's
-            (self.folder / "s3" / bucket).mkdir(parents=True)
+            (self.room / "s3" / bucket).mkdir(parents=True)
             self.environment |= KEYS
-            command = [place.cpcr, "s3", "--dir", self.folder / "s3", "--listen", "127.0.0.1:0",
+            command = [place.cpcr, "s3", "--dir", self.room / "s3", "--listen", "127.0.0.1:0",
                        "--faults", "0.02", "--faults-seed", str(faults)]
             self.server = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True,
                                            stderr=subprocess.DEVNULL)
             self.environment["AWS_ENDPOINT"] = "http://" + self.server.stdout.readline().strip()
-            self.url, self.local = f"s3://{bucket}/run", self.folder / "s3" / bucket / "run"
-        self.launcher, self.log = None, self.folder / "launcher.log"
+            self.url, self.local = f"s3://{bucket}/run", self.room / "s3" / bucket / "run"
+        self.launcher, self.log, self.said = None, self.folder / "launcher.log", 0
 
     def start(self):
         command = [self.place.launch, "--config", "demo", "--data", self.place.data, "--run", self.url,
@@ -96,8 +100,14 @@ class Run:
         for pair in [*SMALL, *self.sets]:
             command += ["--set", pair]
         with open(self.log, "a") as log:
-            self.launcher = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log,
-                                             stdin=subprocess.DEVNULL)
+            self.said = log.tell()
+            self.launcher = subprocess.Popen(command, cwd=self.room, env=self.environment | self.machine.environment,
+                                             stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def last_words(self, lines=5):
+        """The end of what the launcher that was started last has said."""
+        said = self.log.read_bytes()[self.said:].decode(errors="replace")
+        return " / ".join(said.strip().splitlines()[-lines:])
 
     def ended(self, seconds=RUN_S_MAX):
         try:
@@ -135,10 +145,13 @@ class Run:
         found = []
         for path in self.logs():
             for line in path.read_text(errors="replace").splitlines():
-                # A line that is being written has no end yet.
-                if '"stepped"' in line and line.endswith("}"):
+                if '"stepped"' not in line:
+                    continue
+                try:
                     entry = json.loads(line)
-                    found.append((instant(entry["timestamp"]), entry["fields"]["step"]))
+                except json.JSONDecodeError:
+                    continue  # it is being written, or was cut off by a full disk
+                found.append((instant(entry["timestamp"]), entry["fields"]["step"]))
         return sorted(found)
 
     def step(self):
@@ -153,7 +166,7 @@ class Run:
                 pass  # it is being written
         return found
 
-    def close(self):
+    def close(self, keep=False):
         """Ends what is left; `False` where there was something that should not be there."""
         clean = True
         if self.launcher is not None and self.launcher.poll() is None:
@@ -166,6 +179,7 @@ class Run:
         left = processes(str(self.folder))
         for pid in left:
             send(pid, signal.SIGKILL)
+        self.machine.close(keep)
         return clean and not left
 
     def audit(self):
@@ -236,18 +250,25 @@ def one_of_a_campaign(place, seed):
     faults = seed if random.random() < 0.4 else None
     sets = [f"train.iterations={steps}", f"checkpoint.every={random.choice([20, 50, 1000])}", "recovery.target_s=4"]
     spares = int(seed % 2 == 0)
-    run = Run(place, f"{least}:{most}", sets, faults, spares)
+    # Draws of their own: those above and below are as they were before there were any of the machine.
+    draws = random.Random(f"machine {seed}")
+    run = Run(place, f"{least}:{most}", sets, faults, spares, chaos_machine.drawn(draws, place))
     told = [f"{least}:{most} workers{', a spare' * spares}, {steps} steps", "storage that answers badly" if faults is not None else "local storage"]
     try:
         run.start()
         for _ in range(random.randint(1, 3)):
             time.sleep(random.uniform(0.0, 2.5))
+            if run.launcher.poll() is None:
+                told += run.machine.disturb(run)
             name = random.choice(list(DISTURBANCES))
             if DISTURBANCES[name](run):
                 told.append(f"{name} at step {run.step()}")
         status = run.ended()
+        if again := run.machine.again(run):
+            told += again
+            status = run.ended()
         if status != 0:
-            raise Violation(f"status {status}: {tail(run.log)}")
+            raise Violation(f"status {status}: {run.last_words()}")
         audit = run.audit()
         if audit["steps"] != steps:
             raise Violation(f"{audit['steps']} of {steps} steps in the ledger")
@@ -256,15 +277,17 @@ def one_of_a_campaign(place, seed):
         shutil.rmtree(run.folder)
         return told, None
     except Violation as violation:
-        run.close()
+        run.close(keep=True)
         return told, f"{violation} (kept: {run.folder})"
+    finally:
+        run.close()  # whatever ended it
 
 
 def tail(path):
     return " / ".join(path.read_text(errors="replace").strip().splitlines()[-3:])
 
 
-def campaign(place, runs, seed, one=one_of_a_campaign, disturbances=tuple(DISTURBANCES)):
+def campaign(place, runs, seed, one=one_of_a_campaign, disturbances=(*DISTURBANCES, *chaos_machine.NAMES)):
     violations = []
     started = time.monotonic()
     counts = dict.fromkeys(disturbances, 0)
@@ -376,15 +399,23 @@ def figures(place, times):
 
 
 class Place:
-    """Where the binaries and the dataset are."""
+    """Where the binaries and the dataset are, and what is to happen always."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, always=None):
+        self.always, self.slow = always, False
         folder = pathlib.Path(folder).resolve()
         self.cpcr, self.launch = folder / "cpcr", folder / "cpcr-launch"
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="cpcr-chaos-data-"))
-        self.data = self.folder / "data"
+        self.data, self.clock = self.folder / "data", chaos_machine.built(self.folder)
         subprocess.run([self.cpcr, "data", "synth", "--patients", "8", "--out", self.data], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def skipped(what, reason):
+    """Says aloud what is not tried here."""
+    if reason:
+        print(f"skipped: {what}: {reason}", file=sys.stderr)
+    return bool(reason)
 
 
 def main():
@@ -396,18 +427,26 @@ def main():
     parser.add_argument("--figures", type=int, default=0, metavar="N", help="measure recovery, N times each")
     parser.add_argument("--partitions", type=int, default=0, metavar="N",
                         help="runs on hosts of their own whose packets are lost; wants root")
+    parser.add_argument("--always", choices=["clock", "disk", "slow"],
+                        help="what is to happen to every run: its clock is set, its disk full, a host's link slow")
     parser.add_argument("--bin", default="target/release", help="folder of the binaries")
     arguments = parser.parse_args()
     if arguments.runs == 0 and arguments.figures == 0 and arguments.partitions == 0:
         parser.error("--runs N, --partitions N or --figures N")
-    if arguments.partitions and (reason := chaos_net.why_not()):
-        print(f"skipped: partitions: {reason}", file=sys.stderr)
+    if arguments.partitions and skipped("partitions", chaos_net.why_not()):
         arguments.partitions = 0
-    place = Place(arguments.bin)
+    # As on Ctrl-C: what is mounted does not stay.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    place = Place(arguments.bin, arguments.always)
+    for machine in chaos_machine.KINDS.values() if arguments.runs else ():
+        skipped(machine.name, machine.why_not(place))
+    if arguments.partitions:
+        place.slow = not skipped(chaos_net.SLOW, chaos_net.why_not_slow())
+        skipped(chaos_net.CLOCKS, chaos_machine.Clock.why_not(place))
     try:
         status = campaign(place, arguments.runs, arguments.seed) if arguments.runs else 0
         if arguments.partitions:
-            names = (*chaos_net.PARTITIONS, chaos_net.KILLED)
+            names = (*chaos_net.PARTITIONS, chaos_net.KILLED, chaos_net.SLOW, chaos_net.CLOCKS)
             status = campaign(place, arguments.partitions, arguments.seed, chaos_net.one, names) or status
         return status or (figures(place, arguments.figures) if arguments.figures else 0)
     except Violation as violation:

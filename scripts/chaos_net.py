@@ -3,7 +3,8 @@
 Every process of a run has a host of its own, a network namespace behind one router: the store, the coordinator, the
 workers. What is started on them is what a cluster starts, with the same commands, and what ends is started again as a
 cluster would do it. Packets are lost on the router, by rules with a direction, so that a partition may be one of a kind
-where A hears B and B does not hear A. Linux, `ip`, the standard library only.
+where A hears B and B does not hear A. A host's link may be slow for a while, and its wall clock not that of the others.
+Linux, `ip` and `tc`, the standard library only.
 """
 
 import os
@@ -17,11 +18,15 @@ import tempfile
 import threading
 import time
 
+import chaos_machine
 from chaos import KEYS, RESUMABLE, RUN_S_MAX, SMALL, Violation, processes, send, tail, wait_for
 
 # 10.77.N.0/30 is host N's link: .1 is the router, .2 the host.
 STORE, COORDINATOR, WORKERS = 0, 1, 2
 PORT = 7077
+# A queue of so many milliseconds before a slow link; what it cannot hold is lost, as on a real one.
+QUEUE_MS = 400
+RATES_KBIT = [256, 1000, 4000]
 
 
 def ip(*arguments, check=True):
@@ -29,6 +34,28 @@ def ip(*arguments, check=True):
     if check and done.returncode != 0:
         raise Violation(f"ip {' '.join(map(str, arguments))}: {done.stderr.strip()}")
     return done.returncode == 0
+
+
+def tc(*arguments, check=True):
+    done = subprocess.run(["tc", *map(str, arguments)], capture_output=True, text=True)
+    if check and done.returncode != 0:
+        raise Violation(f"tc {' '.join(map(str, arguments))}: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def rate(device, kbit):
+    return ["dev", device, "root", "tbf", "rate", f"{kbit}kbit", "burst", "16kb", "latency", f"{QUEUE_MS}ms"]
+
+
+def why_not_slow():
+    """Why no link can be slow here, if so."""
+    if shutil.which("tc") is None:
+        return "no `tc` here (iproute2)"
+    name = f"cpcr{os.getpid()}p"
+    ip("netns", "add", name)
+    slow = tc("-n", name, "qdisc", "add", *rate("lo", RATES_KBIT[0]), check=False)
+    ip("netns", "del", name, check=False)
+    return None if slow else "this kernel has no token bucket (tbf)"
 
 
 def why_not():
@@ -77,6 +104,15 @@ class Network:
             ip("-n", self.router, "rule", "add", "from", address(a), "to", address(b), "blackhole")
             self.cuts.add((a, b))
 
+    def slow(self, n, kbit):
+        """Host n's link carries so much, both ways."""
+        tc("-n", self.router, "qdisc", "add", *rate(f"v{n}", kbit))
+        tc("-n", self.host(n), "qdisc", "add", *rate("eth0", kbit))
+
+    def quicken(self, n):
+        tc("-n", self.router, "qdisc", "del", "dev", f"v{n}", "root")
+        tc("-n", self.host(n), "qdisc", "del", "dev", "eth0", "root")
+
     def heal(self):
         for a, b in self.cuts:
             ip("-n", self.router, "rule", "del", "from", address(a), "to", address(b), "blackhole")
@@ -95,7 +131,7 @@ def address(n):
 class Cluster:
     """A run whose processes are started on hosts, and again when they end, but for the reasons that a cluster accepts."""
 
-    def __init__(self, place, workers, sets):
+    def __init__(self, place, workers, sets, draws):
         self.place, self.sets, self.workers = place, sets, range(WORKERS, WORKERS + workers)
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="cpcr-chaos-net-"))
         bucket = f"chaos-{os.getpid()}"  # processes are known by their command lines: no other campaign's
@@ -104,6 +140,7 @@ class Cluster:
         self.environment = dict(os.environ, AWS_ENDPOINT=f"https://{address(STORE)}:9000", CPCR_JOIN_TOKEN=secrets.token_hex(32), CPCR_OWN_S3="1",
                                 **KEYS)
         self.network = Network(WORKERS + workers)
+        self.clocks = clocks(place, draws, self.folder, range(COORDINATOR, WORKERS + workers))
         self.ending, self.statuses, self.lives = False, {}, {}
         self.server = self.spawn(STORE, [place.cpcr, "s3", "--dir", self.folder / "s3", "--listen", f"{address(STORE)}:9000"])
         wait_for("the store", lambda: processes(f"--dir {self.folder / 's3'} --listen"))
@@ -112,8 +149,9 @@ class Cluster:
 
     def spawn(self, n, command):
         log = open(self.folder / f"host-{n}.log", "a")
+        clock = self.clocks[n].environment if n in self.clocks else {}
         return subprocess.Popen(["ip", "netns", "exec", self.network.host(n), *map(str, command)], cwd=self.folder, stdout=log,
-                                env=self.environment, stderr=log, stdin=subprocess.DEVNULL)
+                                env=self.environment | clock, stderr=log, stdin=subprocess.DEVNULL)
 
     def coordinator(self):
         command = [self.place.cpcr, "coordinator", "--listen", f"{address(COORDINATOR)}:{PORT}", "--run", self.url,
@@ -197,6 +235,32 @@ PARTITIONS = {
     "a worker and all others": lambda c: from_all(c, random.choice(c.workers)),
 }
 KILLED = "SIGKILL of the coordinator"
+SLOW = "a host's link is slow"
+CLOCKS = "hosts' clocks differ"
+
+
+def clocks(place, draws, folder, hosts):
+    """The clocks of hosts in a run where they differ: by less than the store, which has another, would refuse."""
+    differ = draws.random() < 0.3
+    offsets = {n: draws.randint(-chaos_machine.OFFSET_S3_S_MAX, chaos_machine.OFFSET_S3_S_MAX) for n in hosts}
+    if chaos_machine.Clock.why_not(place) or not (differ or place.always == "clock"):
+        return {}
+    found = {n: chaos_machine.Clock(place, draws) for n in hosts}
+    for n, clock in found.items():
+        (folder / f"host-{n}").mkdir()
+        clock.room(folder / f"host-{n}")
+        clock.set(offsets[n])
+    return found
+
+
+def slow(cluster, draws):
+    """A host's link is slow for a while; which, in words."""
+    host, kbit, seconds = draws.randrange(cluster.network.count), draws.choice(RATES_KBIT), draws.uniform(1.0, 20.0)
+    cluster.network.slow(host, kbit)
+    time.sleep(seconds)
+    cluster.network.quicken(host)
+    who = {STORE: "the store", COORDINATOR: "the coordinator"}.get(host, "a worker")
+    return f"{SLOW}, {who}'s, {kbit} kbit/s, {seconds:.1f} s"
 
 
 def one(place, seed):
@@ -204,8 +268,12 @@ def one(place, seed):
     random.seed(seed)
     steps = random.choice([300, 600])
     sets = [f"train.iterations={steps}", f"checkpoint.every={random.choice([50, 1000])}", "recovery.target_s=4"]
-    cluster = Cluster(place, random.randint(2, 3), sets)
+    # Draws of their own: those above and below are as they were before there were any of these.
+    draws = random.Random(f"slow {seed}")
+    cluster = Cluster(place, random.randint(2, 3), sets, draws)
     told = [f"{len(cluster.workers)} workers, {steps} steps"]
+    if cluster.clocks:
+        told.append(f"{CLOCKS}, " + " ".join(f"{clock.offset_s:+d}" for clock in cluster.clocks.values()) + " s")
     try:
         cluster.start()
         wait_for("a checkpoint's folder", lambda: (cluster.local / "ledger").exists())
@@ -213,6 +281,8 @@ def one(place, seed):
         for _ in range(random.randint(1, 3)):
             if COORDINATOR in cluster.statuses:
                 break
+            if (draws.random() < 0.3 or place.always == "slow") and place.slow:
+                told.append(slow(cluster, draws))
             name = random.choice([*PARTITIONS, KILLED])
             if name == KILLED:
                 for pid in processes(f"--listen {address(COORDINATOR)}:{PORT} --run {cluster.url}"):

@@ -94,7 +94,7 @@ def check_job(name, job, service):
     check(f"{name}: a pod that ends is replaced by another", pod["restartPolicy"] == "Never")
     check(f"{name}: it is removed when it has finished, so that the same apply resumes", spec["ttlSecondsAfterFinished"] > 0)
     check(f"{name}: the subdomain is the Service", pod["subdomain"] == service["metadata"]["name"])
-    waits = {t["key"].split("/")[1]: t["tolerationSeconds"] for t in pod["tolerations"]}
+    waits = {t["key"].split("/")[1]: t["tolerationSeconds"] for t in pod["tolerations"] if t["effect"] == "NoExecute"}
     check(f"{name}: nodes that are gone are given up soon", waits == {"not-ready": 20, "unreachable": 20})
     check(f"{name}: SIGTERM leaves time for a checkpoint", pod["terminationGracePeriodSeconds"] >= 60)
     container = pod["containers"][0]
@@ -148,6 +148,10 @@ def check_all(name, documents):
     gpus = worker["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
     images = {c["image"].rsplit("-", 1)[1] for t in templates for c in t["spec"]["containers"]}
     check(f"{name}: images and GPUs go together", images == ({"cuda"} if gpus else {"cpu"}))
+    tolerated = any(t["key"] == "nvidia.com/gpu" for t in worker["spec"]["template"]["spec"]["tolerations"])
+    check(f"{name}: and nodes with GPUs", tolerated == bool(gpus))
+    check(f"{name}: so do collectives and GPUs", flags["--backend"] in (("nccl", "auto") if gpus else ("gloo",)))
+    check(f"{name}: images have time to be pulled", flags["--set"].startswith("recovery.wait_s="))
 
 
 def jobs_of(jobset):

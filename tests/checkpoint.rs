@@ -13,7 +13,7 @@ use cpcr::checkpoint::{
     WriterOptions, latest, list_rows, load, load_latest, manifest_path, read_manifest, retain,
     step_folder, verify, verify_rows, write,
 };
-use cpcr::store::{Fault, FaultyStore, S3ServerOptions, Store, StoreOptions, serve};
+use cpcr::store::{Fault, FaultyStore, S3Server, S3ServerOptions, Store, StoreOptions, serve};
 use cpcr::types::{ObjectDigest, Step, WorldSize};
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
@@ -278,15 +278,8 @@ fn the_writer_serves_a_plain_thread() {
 #[tokio::test]
 async fn an_upload_that_was_cut_off_is_ended_when_a_later_checkpoint_is_whole() {
     let folder = tempfile::tempdir().unwrap();
-    let server = serve(S3ServerOptions::on_loopback(folder.path(), "key", "secret-of-the-key"));
-    let server = server.await.unwrap();
-    let options = StoreOptions::default()
-        .with("aws_endpoint", server.endpoint())
-        .with("aws_access_key_id", "key")
-        .with("aws_secret_access_key", "secret-of-the-key")
-        .with("aws_region", "us-east-1");
     std::fs::create_dir(folder.path().join("bucket")).unwrap();
-    let run = Store::open("s3://bucket/run", &options).unwrap();
+    let (server, run) = served(folder.path()).await;
     let path = format!("{}/one/{MODEL_FILE}", step_folder(Step(5)));
     let note = format!("{path}.upload");
     run.probe().await.unwrap();
@@ -298,13 +291,31 @@ async fn an_upload_that_was_cut_off_is_ended_when_a_later_checkpoint_is_whole() 
         run.exists(&note).await.unwrap();
     }
     drop(cut_off);
+    // What had reached the server is done before the next one begins.
+    server.shutdown().await;
+    let (_server, run) = served(folder.path()).await;
     assert!(run.exists(&note).await.unwrap(), "the note was there before the first piece");
-    assert!(!run.exists(&path).await.unwrap());
+    assert!(!run.exists(&path).await.unwrap() && pieces_in(folder.path()) > 0);
+    // And of one that reached its end before its note was removed.
+    let over = format!("{path}-2.upload");
+    run.put(&over, Bytes::from_static(b"d4b1a1f0-3c1a-4b6e-9a0e-0f1e2d3c4b5a")).await.unwrap();
     written(&run, 7).await;
     retain(&run, keeping(2), &[]).await.unwrap();
-    assert!(!run.exists(&note).await.unwrap());
+    assert!(!run.exists(&note).await.unwrap() && !run.exists(&over).await.unwrap());
     assert_eq!(pieces_in(folder.path()), 0);
     assert_whole(&run).await;
+}
+
+/// An S3 server of `folder`, and a run in its bucket.
+async fn served(folder: &std::path::Path) -> (S3Server, Store) {
+    let server = serve(S3ServerOptions::on_loopback(folder, "key", "secret-of-the-key"));
+    let server = server.await.unwrap();
+    let options = StoreOptions::default()
+        .with("aws_endpoint", server.endpoint())
+        .with("aws_access_key_id", "key")
+        .with("aws_secret_access_key", "secret-of-the-key")
+        .with("aws_region", "us-east-1");
+    (server, Store::open("s3://bucket/run", &options).unwrap())
 }
 
 /// Files of unfinished uploads in the folder of an S3 server.

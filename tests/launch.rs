@@ -227,6 +227,11 @@ fn mistakes_are_told_in_one_line_with_status_2() {
     told(&["--config", "acdc-7"], "--data");
     told(&["--config", "demo", "--data", "no/such/folder"], "no/such/folder");
     told(&["--backend", "nccl", "--nodes", "1000"], "libtorch can use");
+    let synth = ["data", "synth", "--patients", "4", "--out", "data"];
+    let made = Command::new(CPCR).current_dir(folder.path()).args(synth).output().unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let more = ["--config", "demo", "--data", "data", "--set", "data.labelled=1000"];
+    told(&more, "labelled training patients");
 }
 
 /// The last line of a run that must fail with `status`; nothing of a panic or backtrace in any.

@@ -77,7 +77,9 @@ pub async fn retain(
     let removed = plan(&steps, newest.step, best, retention);
     for &step in &removed {
         run.delete(&manifest_path(step)).await?;
-        run.delete_prefix(&step_folder(step)).await?;
+        for object in run.list(&step_folder(step)).await? {
+            clear(run, &object.path).await?;
+        }
     }
     clear_orphans(run, &newest).await?;
     Ok(Retained { verified: Some(newest.step), removed })
@@ -113,11 +115,19 @@ async fn clear_orphans(run: &Store, newest: &Manifest) -> Result<(), CheckpointE
         };
         if orphan {
             tracing::debug!(path = %object.path, "removing what an unfinished attempt left");
-            match is_upload_note(&object.path) {
-                true => run.clear_upload(&object.path).await?,
-                false => run.delete(&object.path).await?,
-            }
+            clear(run, &object.path).await?;
         }
+    }
+    Ok(())
+}
+
+/// Removes an object; of a note on an upload, what it is about. One that cannot be ended is tried again with the next.
+async fn clear(run: &Store, path: &str) -> Result<(), CheckpointError> {
+    if !is_upload_note(path) {
+        return Ok(run.delete(path).await?);
+    }
+    if let Err(error) = run.clear_upload(path).await {
+        tracing::debug!(%error, path, "an unfinished upload cannot be ended yet");
     }
     Ok(())
 }

@@ -5,12 +5,17 @@
 
 use super::run::{BackendArgument, NodeRange};
 use super::{Failure, named};
-use crate::config::RunConfig;
+use crate::config::{Recovery, RunConfig};
 
 /// The template.
 const JOB: &str = include_str!("../../k8s/base/job.yaml");
 /// The image that it names.
 const IMAGE: &str = "cpcr:0.1.0-cuda";
+
+/// What lets workers onto nodes that are kept for GPUs.
+const TOLERATION: &str = "        # Nodes with GPUs are often kept for pods that want them.
+        - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}
+";
 
 /// What a user decides of a run on a cluster.
 pub(super) struct ClusterRun<'a> {
@@ -58,18 +63,20 @@ pub(super) fn manifests(cluster: &ClusterRun<'_>) -> Result<String, Failure> {
     set("run-url: s3://my-bucket/runs/acdc-7\n", format!("run-url: {}\n", quoted(cluster.run)?))?;
     set(&format!("image: {IMAGE}\n"), format!("image: {}\n", quoted(image)?))?;
     let NodeRange { min, max } = cluster.nodes;
-    let nodes = format!(
-        "- --nodes={min}:{max}\n            - --spares={}\n            - --backend={}\n",
-        cluster.spares,
-        named(cluster.backend)
-    );
-    set("- --nodes=2:4\n", nodes)?;
+    let spares = cluster.spares;
+    set("- --nodes=2:4\n", format!("- --nodes={min}:{max}\n            - --spares={spares}\n"))?;
+    set("- --backend=nccl\n", format!("- --backend={}\n", named(cluster.backend)))?;
+    let wait_s = cluster.config.recovery.wait_s;
+    if wait_s != Recovery::default().wait_s {
+        set("--set=recovery.wait_s=1800\n", format!("--set=recovery.wait_s={wait_s}\n"))?;
+    }
     set(
         "  completions: 4\n  parallelism: 4\n",
         format!("  completions: {workers}\n  parallelism: {workers}\n"),
     )?;
     if on_cpus {
         set(", nvidia.com/gpu: 1}", "}".to_owned())?;
+        set(TOLERATION, String::new())?;
     }
     Ok(yaml)
 }
@@ -124,6 +131,8 @@ mod tests {
             "data-url: \"s3://b/data\"",
             "--nodes=3:7",
             "--spares=1",
+            "--backend=auto",
+            "--set=recovery.wait_s=1800",
             "completions: 8",
             "parallelism: 8",
         ] {
@@ -149,8 +158,17 @@ mod tests {
         wanted.backend = BackendArgument::Gloo;
         let yaml = manifests(&wanted).unwrap();
         assert!(!yaml.contains("nvidia.com/gpu") && yaml.contains("\"cpcr:0.1.0-cpu\""));
+        assert!(yaml.contains("- --backend=gloo\n"));
         wanted.image = Some("registry/cpcr:mine");
         assert!(manifests(&wanted).unwrap().contains("image: \"registry/cpcr:mine\""));
+    }
+
+    #[test]
+    fn a_wait_of_ones_own_counts_more_than_the_templates() {
+        let mut config = config();
+        config.recovery.wait_s = 60;
+        let yaml = manifests(&cluster(&config)).unwrap();
+        assert!(yaml.contains("--set=recovery.wait_s=60\n") && !yaml.contains("wait_s=1800"));
     }
 
     #[test]

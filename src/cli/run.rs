@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use super::{Failure, tell, threads_each};
 use crate::checkpoint;
 use crate::config::{self, ConfigSource, RunConfig};
+use crate::data::Manifest;
 use crate::data::synth::{self, SynthOptions};
 use crate::data::write::Work;
 use crate::ledger;
@@ -171,7 +172,7 @@ pub async fn phantoms(data: Store) -> Result<(), Failure> {
     made.map(|_| ()).map_err(Failure::failed)
 }
 
-/// Checks that the dataset is there, probes the run's store, sees that a run which has begun is
+/// Checks that the dataset is there and has the labels that are wanted, probes the run's store, sees that a run which has begun is
 /// the same one, then writes its configuration. Nothing is made before the checks have passed.
 ///
 /// # Errors
@@ -197,9 +198,17 @@ pub async fn prepare(
         ));
     };
     let dataset = Store::open(data, &options.clone().existing()).map_err(Failure::usage)?;
-    if !dataset.exists("manifest.json").await.map_err(unavailable)? {
-        return Err(Failure::usage(format!("{data} is no dataset: it has no manifest.json")));
-    }
+    let manifest = match dataset.get_agreed("manifest.json").await {
+        Ok(manifest) => manifest,
+        Err(StoreError::NotFound { .. }) => {
+            return Err(Failure::usage(format!("{data} is no dataset: it has no manifest.json")));
+        }
+        Err(error) => return Err(unavailable(error)),
+    };
+    // Every trainer would find the same, on its GPU, again and again.
+    Manifest::parse(&manifest)
+        .and_then(|manifest| manifest.pools(config.data.labelled))
+        .map_err(|error| Failure::usage(format!("{data}: {error}")))?;
     let store = Store::open(run, options).map_err(Failure::usage)?;
     store.probe().await.map_err(unavailable)?;
     if let Some(earlier) = read(&store).await?
@@ -208,7 +217,6 @@ pub async fn prepare(
         if resume == Resume::Never {
             return Err(Failure::usage(format!("{run} holds a run already (--resume never)")));
         }
-        let manifest = dataset.get_agreed("manifest.json").await.map_err(unavailable)?;
         same_dataset(&store, data, &manifest).await?;
         let differences = config.differences(&earlier);
         if !differences.is_empty() {

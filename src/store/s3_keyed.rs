@@ -4,7 +4,8 @@
 //! at once can both be told that they made it. Everything this crate commits rests on exactly one
 //! being told so; hence [`KeyedFs`]: all that changes a key holds that key's lock. It also makes a
 //! bucket when something is first put there, and reads files in pieces of 256 KiB where s3s-fs takes
-//! 4. It is no second S3 implementation: every other call goes straight through.
+//! 4. An upload that is over is answered as S3 answers it. It is no second S3 implementation: every other call goes
+//! straight through.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -142,6 +143,21 @@ impl KeyedFs {
         Some(StreamingBlob::wrap(tokio_stream::wrappers::ReceiverStream::new(stream)))
     }
 
+    /// Whether an upload is under way. Of one that is not, s3s-fs says that it is somebody else's; pieces may be left of it.
+    async fn has_upload(&self, id: &str) -> io::Result<bool> {
+        let is_id = id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+        if !is_id || tokio::fs::try_exists(self.root.join(format!(".upload-{id}.json"))).await? {
+            return Ok(true);
+        }
+        let mut entries = tokio::fs::read_dir(&self.root).await?;
+        while let Some(entry) = entries.next_entry().await? {
+            if entry.file_name().to_string_lossy().starts_with(&format!(".upload_id-{id}.")) {
+                tokio::fs::remove_file(entry.path()).await?;
+            }
+        }
+        Ok(false)
+    }
+
     /// Does `work` while holding the key, within the bound.
     async fn exclusively<T>(
         &self,
@@ -245,6 +261,26 @@ impl S3 for KeyedFs {
         })
     }
 
+    fn abort_multipart_upload<'s, 'a>(
+        &'s self,
+        req: S3Request<AbortMultipartUploadInput>,
+    ) -> Reply<'a, AbortMultipartUploadOutput>
+    where
+        's: 'a,
+    {
+        Box::pin(async move {
+            let AbortMultipartUploadInput { bucket, key, upload_id, .. } = req.input.clone();
+            let abort = async {
+                match self.has_upload(&upload_id).await {
+                    Ok(true) => self.inner.abort_multipart_upload(req).await,
+                    Ok(false) => Err(s3_error!(NoSuchUpload)),
+                    Err(error) => Err(S3Error::internal_error(error)),
+                }
+            };
+            self.exclusively(bucket, key, abort).await
+        })
+    }
+
     one_at_a_time! {
         put_object(PutObjectInput) -> PutObjectOutput;
         copy_object(CopyObjectInput) -> CopyObjectOutput;
@@ -269,7 +305,6 @@ impl S3 for KeyedFs {
         delete_objects(DeleteObjectsInput) -> DeleteObjectsOutput;
         upload_part_copy(UploadPartCopyInput) -> UploadPartCopyOutput;
         list_parts(ListPartsInput) -> ListPartsOutput;
-        abort_multipart_upload(AbortMultipartUploadInput) -> AbortMultipartUploadOutput;
     }
 }
 

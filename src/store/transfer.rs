@@ -118,12 +118,15 @@ impl Store {
         let Some(store) = self.in_pieces(&bytes) else { return self.put_whole(path, bytes).await };
         let upload = self.begin(store, path).await?;
         let note = format!("{path}{NOTE}");
-        if let Err(error) = self.put_whole(&note, upload.id.clone().into()).await {
-            self.abort(&upload).await;
-            return Err(error);
+        let noted = self.put_whole(&note, upload.id.clone().into()).await;
+        let sent = match noted {
+            Ok(()) => self.put_pieces(&upload, &bytes).await,
+            Err(error) => Err(error),
+        };
+        if sent.is_err() && !self.abort(&upload).await {
+            return sent; // the note says what is left to do
         }
-        self.send(&upload, &bytes).await?;
-        self.delete(&note).await
+        sent.and(self.delete(&note).await)
     }
 
     /// Ends the upload that `note` is about, whose writer is gone, and removes the note.
@@ -133,7 +136,11 @@ impl Store {
     pub async fn clear_upload(&self, note: &str) -> Result<(), StoreError> {
         let path = note.strip_suffix(NOTE).unwrap_or(note);
         if let Some(store) = self.shared.engines.uploads.as_deref() {
-            let id = String::from_utf8_lossy(&self.get(note).await?).into_owned();
+            let id = match self.get_agreed(note).await {
+                Ok(id) => String::from_utf8_lossy(&id).into_owned(),
+                Err(StoreError::NotFound { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            };
             let location = self.locate(path)?;
             let abort = store.abort_multipart(&location, &id);
             match self.bounded("abort", path, abort).await {
@@ -163,11 +170,13 @@ impl Store {
         sent
     }
 
-    async fn abort(&self, upload: &Upload<'_>) {
+    /// Ends an upload; `false` where that could not be.
+    async fn abort(&self, upload: &Upload<'_>) -> bool {
         let abort = upload.store.abort_multipart(&upload.location, &upload.id);
-        if let Err(error) = self.bounded("abort", upload.path, abort).await {
+        let aborted = self.bounded("abort", upload.path, abort).await.inspect_err(|error| {
             tracing::debug!(%error, "an unfinished upload stays behind; the bucket's lifecycle rules clear it");
-        }
+        });
+        aborted.is_ok()
     }
 
     async fn put_pieces(&self, upload: &Upload<'_>, bytes: &Bytes) -> Result<(), StoreError> {

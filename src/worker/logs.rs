@@ -94,7 +94,10 @@ impl Tail {
     async fn look(&mut self, at_once: bool) -> std::io::Result<()> {
         self.looks = self.looks.saturating_add(1);
         let Some(new) = self.news().await? else { return Ok(()) };
-        if !at_once && self.looks < looks_between(self.parts) && !is_urgent(&new.bytes) {
+        let waits = self.looks < looks_between(self.parts)
+            && (new.bytes.len() as u64) < BYTES_MAX / 2
+            && !is_urgent(&new.bytes);
+        if waits && !at_once {
             return Ok(());
         }
         let path = format!("{}-{:06}.jsonl", self.stem, self.parts);
@@ -105,7 +108,7 @@ impl Tail {
     }
 
     /// What came since the last object, if it has an end.
-    async fn news(&self) -> std::io::Result<Option<New>> {
+    async fn news(&mut self) -> std::io::Result<Option<New>> {
         let mut file = match tokio::fs::File::open(&self.file).await {
             Ok(file) => file,
             // No trainer has been started yet.
@@ -113,8 +116,10 @@ impl Tail {
             Err(error) => return Err(error),
         };
         let length = file.metadata().await?.len();
-        // A shorter one is another file in its place.
-        let mut from = if length < self.read { 0 } else { self.read };
+        if length < self.read {
+            self.read = 0; // another file took its place
+        }
+        let mut from = self.read;
         let mut bytes = Vec::new();
         let left_out = length.saturating_sub(from).saturating_sub(BYTES_MAX);
         if left_out > 0 {
@@ -137,10 +142,12 @@ fn looks_between(parts: u32) -> u32 {
     1_u32.checked_shl(parts / PARTS_PER_PACE).map_or(LOOKS_MAX, |looks| looks.min(LOOKS_MAX))
 }
 
-/// Whether a line is a warning or an error: whoever looks for what went wrong wants it soon.
+/// Whether a line is a warning or an error, or a library's last words, which are no JSON: whoever looks for what went
+/// wrong wants it soon.
 fn is_urgent(lines: &[u8]) -> bool {
     let text = String::from_utf8_lossy(lines);
-    ["WARN", "ERROR"].iter().any(|level| text.contains(&format!("\"level\":\"{level}\"")))
+    let is_warning = |level: &&str| text.contains(&format!("\"level\":\"{level}\""));
+    ["WARN", "ERROR"].iter().any(is_warning) || text.lines().any(|line| !line.starts_with('{'))
 }
 
 #[cfg(test)]
@@ -199,14 +206,24 @@ mod tests {
         let mut log = String::new();
         let mut written = Vec::new();
         for look in 0..10 {
-            let level = if look == 5 { "WARN" } else { "INFO" };
-            log += &format!("{{\"level\":\"{level}\"}}\n");
+            log += match look {
+                5 => "{\"level\":\"WARN\"}\n",
+                6 => "terminate called after throwing\n",
+                _ => "{\"level\":\"INFO\"}\n",
+            };
             std::fs::write(&tail.file, &log).unwrap();
             let parts = tail.parts;
             tail.look(false).await.unwrap();
             written.extend((tail.parts > parts).then_some(look));
         }
-        assert_eq!(written, [3, 5, 9], "every fourth look, and the warning");
+        assert_eq!(written, [3, 5, 6], "every fourth look, the warning, the last words");
+        log += &format!("{{{}\n", "x".repeat(BYTES_MAX as usize / 2));
+        std::fs::write(&tail.file, &log).unwrap();
+        let parts = tail.parts;
+        tail.look(false).await.unwrap();
+        assert_eq!((tail.parts, tail.read), (parts + 1, log.len() as u64), "it is much");
+        log += "{}\n";
+        std::fs::write(&tail.file, &log).unwrap();
         tail.look(true).await.unwrap();
         assert_eq!(tail.read, log.len() as u64);
         assert!(looks_between(u32::MAX) == LOOKS_MAX && looks_between(0) == 1);

@@ -1,5 +1,5 @@
 //! The board's server: the page, its document as server-sent events, pictures, and the metrics. It only reads, and on a
-//! thread of its own: whoever looks, and however many they are, the coordinator's thread has nothing to do with it.
+//! thread of its own: whoever looks, and however many they are, the coordinator's thread waits for the board at most.
 //!
 //! On loopback in plain text, for whoever is on this machine; beyond it by HTTPS with the run's authority, and only
 //! to those who give the page's password. Requests, connections and streams are bounded.
@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -16,7 +17,6 @@ use axum::middleware::{self, Next};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use futures::Stream;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -24,7 +24,7 @@ use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::runtime::{self, Handle};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::prometheus_text;
@@ -39,8 +39,9 @@ const CONNECTIONS_MAX: usize = 256;
 const STREAMS_MAX: usize = 64;
 /// How long a connection may take to send a request's header.
 const HEADER_MAX: Duration = Duration::from_secs(10);
-/// Longest that the end of a run waits for pages to hear of it.
-const END_MAX: Duration = Duration::from_secs(1);
+/// Longest that the end of a run waits for pages to hear of it, and then for what is under way to be sent.
+const END_MAX: Duration = Duration::from_secs(2);
+const SENDING_MAX: Duration = Duration::from_secs(1);
 /// A document comes after this time, whether or not anything has changed.
 const AT_LEAST: Duration = Duration::from_secs(2);
 /// What the page may do: nothing but draw, and ask this server.
@@ -65,8 +66,9 @@ pub struct BoardServer {
     /// The page's address.
     pub url: String,
     streams: Arc<Semaphore>,
-    /// The server's thread ends when this is gone.
-    _stop: oneshot::Sender<()>,
+    /// The server's thread ends when this is gone, and then the other end of that.
+    stop: oneshot::Sender<()>,
+    ended: oneshot::Receiver<()>,
 }
 
 /// Why there is no page.
@@ -87,6 +89,9 @@ impl BoardServer {
         if tokio::time::timeout(END_MAX, all).await.is_err() {
             tracing::debug!("a page was not told of the end");
         }
+        drop(self.stop);
+        // It ends without a word.
+        tokio::time::timeout(2 * SENDING_MAX, self.ended).await.ok();
     }
 }
 
@@ -111,7 +116,9 @@ pub fn start(
     let listener = listener.into_std()?;
     let (stop, stopped) = oneshot::channel();
     let (ready, started) = std::sync::mpsc::channel();
+    let (end, ended) = oneshot::channel();
     let serve = move || {
+        let _end: oneshot::Sender<()> = end;
         let own = runtime::Builder::new_current_thread().enable_all().build();
         let accepting = own.map_err(ServeError::from).and_then(|own| {
             let within = own.enter();
@@ -122,9 +129,7 @@ pub fn start(
         let said = accepting.map(|(own, incoming)| {
             // Whoever started this waits for it.
             ready.send(Ok(())).ok();
-            own.block_on(async {
-                tokio::select! { () = accept(incoming, routes) => {} _ = stopped => {} }
-            });
+            own.block_on(accept(incoming, routes, stopped));
         });
         if let Err(error) = said {
             ready.send(Err(error)).ok();
@@ -132,19 +137,14 @@ pub fn start(
     };
     std::thread::Builder::new().name("page".to_owned()).spawn(serve)?;
     started.recv().map_err(io::Error::other)??;
-    Ok(BoardServer { url: format!("{scheme}://{address}/"), streams, _stop: stop })
+    Ok(BoardServer { url: format!("{scheme}://{address}/"), streams, stop, ended })
 }
 
 fn routes(served: Served) -> Router {
     Router::new()
         .route("/", get(|| async { Html(page::live()) }))
         .route("/events", get(events))
-        .route(
-            "/data.json",
-            get(|served: State<Served>| async move {
-                Json(served.board.look(|board, now| board.document(now)))
-            }),
-        )
+        .route("/data.json", get(data))
         .route("/overlays/{name}", get(picture))
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
@@ -246,6 +246,20 @@ fn follow(
     })
 }
 
+/// The document, once.
+async fn data(State(served): State<Served>) -> Response {
+    match served.board.told(None).await {
+        Ok(told) => {
+            let json = [(header::CONTENT_TYPE, "application/json")];
+            (json, told.text.to_string()).into_response()
+        }
+        Err(error) => {
+            tracing::debug!(%error, "the page's document cannot be written");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
+}
+
 async fn metrics(State(served): State<Served>) -> Response {
     let text = served.board.look(prometheus_text);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
@@ -257,7 +271,10 @@ async fn picture(State(served): State<Served>, Path(name): Path<String>) -> Resp
         return StatusCode::NOT_FOUND.into_response();
     }
     let fetch = async move { served.run.get(&format!("{}/{name}", page::PICTURES)).await };
-    let Ok(fetched) = served.home.spawn(fetch).await else {
+    // A set ends what is in it when it is dropped: when whoever asked has left.
+    let mut fetching = JoinSet::new();
+    fetching.spawn_on(fetch, &served.home);
+    let Some(Ok(fetched)) = fetching.join_next().await else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response(); // the run is at its end
     };
     match fetched {
@@ -270,14 +287,16 @@ async fn picture(State(served): State<Served>, Path(name): Path<String>) -> Resp
     }
 }
 
-/// Accepts as long as it is not dropped; connections are this task's children and end with it.
-async fn accept(mut incoming: Incoming, routes: Router) {
+/// Accepts until it is told to stop; then what is under way is sent. Connections are this task's children and end with it.
+async fn accept(mut incoming: Incoming, routes: Router, mut stop: oneshot::Receiver<()>) {
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_MAX);
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let ending = watch::Sender::new(false);
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
+            _ = &mut stop => break,
             Some(_) = connections.join_next() => continue,
             accepted = async {
                 let slot = Arc::clone(&slots).acquire_owned().await;
@@ -287,13 +306,26 @@ async fn accept(mut incoming: Incoming, routes: Router) {
         let (Ok(slot), Some(stream)) = accepted else { break };
         let service = TowerToHyperService::new(routes.clone());
         let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+        let mut ending = ending.subscribe();
+        let ended = async move { ending.wait_for(|ending| *ending).await.map(drop) };
         connections.spawn(async move {
             let _slot = slot;
-            if let Err(error) = connection.await {
+            let mut connection = std::pin::pin!(connection);
+            let result = tokio::select! {
+                result = connection.as_mut() => result,
+                _ = ended => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = result {
                 tracing::debug!(%error, "a connection of the page ended early");
             }
         });
     }
+    ending.send_replace(true);
+    let all = async { while connections.join_next().await.is_some() {} };
+    tokio::time::timeout(SENDING_MAX, all).await.ok();
 }
 
 #[cfg(test)]

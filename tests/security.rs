@@ -103,6 +103,16 @@ fn beyond_loopback_nothing_listens_or_connects_without_a_token() {
     refused(&output, 2, &["both"]);
 }
 
+/// More than may shake hands at once: who is turned away comes again.
+#[test]
+fn many_from_one_address_all_get_in() {
+    let arguments = ["bench", "coordinator", "--members", "200", "--seconds", "1", "--json"];
+    let output = cpcr(&arguments, None).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["members"], 200, "{report}");
+}
+
 #[test]
 fn whoever_does_not_hold_the_token_does_not_get_in() {
     let folder = tempfile::tempdir().unwrap();

@@ -19,6 +19,8 @@ use crate::trust::{JoinToken, TOKEN_VARIABLE, Trust, TrustError};
 
 /// How often a member gives a sign of life: as an agent does.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+/// After which who was turned away comes again.
+const AGAIN: Duration = Duration::from_millis(200);
 /// Longest that all of them may take to be told their places.
 const JOINING_MAX: Duration = Duration::from_secs(60);
 
@@ -136,13 +138,30 @@ async fn start(
     }
 }
 
+type Failed = Box<dyn std::error::Error + Send + Sync>;
+
 /// A member's life: its hello, then signs of life, until its stream ends.
-async fn member(
-    (trust, address): (Trust, String),
+async fn member(at: (Trust, String), node: u32, told: mpsc::Sender<()>) -> Result<(), Failed> {
+    // So many at once, all from one address, are turned away by turns, and come again as agents do.
+    let mut orders = loop {
+        match join(&at, node).await {
+            Ok(orders) => break orders,
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    };
+    while let Some(order) = orders.message().await? {
+        if matches!(order.kind, Some(order::Kind::Start(_))) {
+            told.send(()).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn join(
+    (trust, address): &(Trust, String),
     node: u32,
-    told: mpsc::Sender<()>,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut client = CoordinatorClient::new(trust.channel(&address).await?);
+) -> Result<tonic::Streaming<wire::Order>, Failed> {
+    let mut client = CoordinatorClient::new(trust.channel(address).await?);
     let hello = wire::Hello {
         node,
         incarnation: node.to_string(),
@@ -155,11 +174,5 @@ async fn member(
     });
     let hello = futures::stream::iter([agent_message::Kind::Hello(hello)]);
     let messages = hello.chain(alive).map(|kind| wire::AgentMessage { kind: Some(kind) });
-    let mut orders = client.join(messages).await?.into_inner();
-    while let Some(order) = orders.message().await? {
-        if matches!(order.kind, Some(order::Kind::Start(_))) {
-            told.send(()).await?;
-        }
-    }
-    Ok(())
+    Ok(client.join(messages).await?.into_inner())
 }

@@ -32,6 +32,7 @@ fn compile_wire() {
     let descriptors = protox::compile(["control.proto"], ["src/proto"])
         .unwrap_or_else(|error| panic!("src/proto/control.proto: {error}"));
     tonic_prost_build::configure()
+        .codec_path("crate::proto::codec::SmallCodec")
         .compile_fds(descriptors)
         .unwrap_or_else(|error| panic!("generating the gRPC types: {error}"));
 }

@@ -4,6 +4,8 @@
 //! Not here: any decision. The wire types become the coordinator's events at the edge, in
 //! `coordinator::service`.
 
+pub mod codec;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 

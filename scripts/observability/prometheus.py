@@ -37,6 +37,8 @@ class Prometheus:
         try:
             told = json.loads(fetch(f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(arguments)}"))
         except urllib.error.HTTPError as refused:
+            if refused.code == 503:
+                return None  # it listens before it is ready
             raise Failed(f"Prometheus: {arguments}: {refused.read().decode(errors='replace')}") from None
         except OSError:
             if self.process.poll() is not None:

@@ -212,6 +212,30 @@ fn a_killed_coordinator_stops_nothing_and_the_next_takes_over() {
     assert!(verdicts.is_empty(), "no generation was lost: {verdicts:?}");
 }
 
+/// Found by a campaign (seed 308): it ended the launcher, and at a takeover would have ended the run.
+#[test]
+fn a_coordinator_that_is_killed_before_it_says_anything_is_started_again() {
+    // Where the launcher can be linked to: it looks for `cpcr` beside itself.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let beside = folder.path().join("cpcr-launch");
+    std::fs::hard_link(LAUNCH, &beside).unwrap();
+    let script = format!(
+        "#!/bin/sh\nif [ \"$1\" = coordinator ] && mkdir \"$0.killed\" 2>/dev/null; then kill -9 $$; fi\nexec {CPCR} \"$@\"\n"
+    );
+    // By a process of its own: another test's, made meanwhile, would keep the file open and busy.
+    let put = "printf '%s' \"$1\" > \"$0\" && chmod +x \"$0\"";
+    let name = folder.path().join("cpcr");
+    let made = Command::new("sh").args(["-c", put]).arg(&name).arg(script).status().unwrap();
+    assert!(made.success());
+    let data = dataset(folder.path());
+    let wanted = launch(folder.path(), &data, "run", 1, &["train.iterations=3"]);
+    let mut command = Command::new(&beside);
+    command.current_dir(folder.path()).args(wanted.get_args());
+    let output = command.output().unwrap();
+    assert!(folder.path().join("cpcr.killed").is_dir());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+}
+
 #[test]
 fn mistakes_are_told_in_one_line_with_status_2() {
     let folder = tempfile::tempdir().unwrap();

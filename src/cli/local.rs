@@ -4,6 +4,7 @@
 //! started again while the budget lasts.
 
 use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,6 +19,10 @@ use crate::worker::PARENT_VARIABLE;
 
 /// Longest wait for a child's first line.
 const START: Duration = Duration::from_secs(10);
+/// How often one is started that is killed before.
+const STARTS_MAX: u32 = 4;
+/// How long one that has closed its output may take to end.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// An agent, or the ssh that leads to it.
 #[derive(Debug)]
@@ -78,25 +83,32 @@ impl Family {
         Ok(command)
     }
 
-    /// Starts `cpcr` with `arguments` and waits for the address that it prints.
+    /// Starts `cpcr` with `arguments` and waits for the address that it prints; again, where it is killed before that.
     ///
     /// # Errors
-    /// When it ends or stays silent instead; the log's last line says why.
+    /// When it ends by itself or stays silent instead; the log's last line says why.
     pub async fn server(
         &self,
         log: &str,
         arguments: &[String],
     ) -> Result<(Child, SocketAddr), Failure> {
-        let mut command = self.command(sibling("cpcr")?, log)?;
-        let mut child =
-            command.args(arguments).stdout(Stdio::piped()).spawn().map_err(Failure::failed)?;
-        let stdout = child.stdout.take().ok_or_else(|| Failure::failed("no stdout"))?;
-        let mut lines = BufReader::new(stdout).lines();
-        let line = tokio::time::timeout(START, lines.next_line()).await;
-        if let Ok(Ok(Some(line))) = &line
-            && let Ok(address) = line.trim().parse()
-        {
-            return Ok((child, address));
+        for _ in 0..STARTS_MAX {
+            let mut command = self.command(sibling("cpcr")?, log)?;
+            let mut child =
+                command.args(arguments).stdout(Stdio::piped()).spawn().map_err(Failure::failed)?;
+            let stdout = child.stdout.take().ok_or_else(|| Failure::failed("no stdout"))?;
+            let mut lines = BufReader::new(stdout).lines();
+            let line = tokio::time::timeout(START, lines.next_line()).await;
+            if let Ok(Ok(Some(line))) = &line
+                && let Ok(address) = line.trim().parse()
+            {
+                return Ok((child, address));
+            }
+            // One that is at its end already says how.
+            let ended = tokio::time::timeout(ENDING, child.wait()).await;
+            if !matches!(ended, Ok(Ok(status)) if status.signal().is_some()) {
+                break;
+            }
         }
         let why = self.last_line(log);
         Err(Failure::failed(format!("`cpcr {}` did not start: {why}", arguments.join(" "))))

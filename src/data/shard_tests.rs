@@ -121,12 +121,18 @@ fn columns_that_are_elsewhere_are_refused() {
     assert!(error.contains("a column is not within its row group"), "{error}");
 }
 
-/// Found by fuzzing: the Parquet reader counts through such lists, which take it hours.
-#[test]
-fn a_page_header_that_would_take_hours_is_refused() {
+/// A shard of one row group, and its footer.
+fn one_group() -> (EncodedShard, ShardFooter) {
     let shard = encode("shards/x.parquet", &rows(4, 1), 4, 1).unwrap();
     let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
     let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+    (shard, footer)
+}
+
+/// Found by fuzzing: the Parquet reader counts through such lists, which take it hours.
+#[test]
+fn a_page_header_that_would_take_hours_is_refused() {
+    let (shard, footer) = one_group();
     let group = &shard.index.groups[0];
     // Fields that are lists of 2^31 - 1 booleans each.
     let lists = [0x19, 0xf1, 0xff, 0xff, 0xff, 0xff, 0x07].repeat(10_000);
@@ -137,9 +143,7 @@ fn a_page_header_that_would_take_hours_is_refused() {
 /// Found by fuzzing: the Parquet reader panics where values are numbers of a dictionary that was not given.
 #[test]
 fn values_of_a_dictionary_are_refused() {
-    let shard = encode("shards/x.parquet", &rows(4, 1), 4, 1).unwrap();
-    let footer = shard.bytes.slice(shard.index.footer_offset as usize..);
-    let footer = ShardFooter::parse(&shard.index, footer).unwrap();
+    let (shard, footer) = one_group();
     let group = &shard.index.groups[0];
     let mut bytes = shard.bytes[group.offset as usize..][..group.digest.bytes as usize].to_vec();
     // A data page's header: four values, plain, levels as runs.
